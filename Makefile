@@ -1,0 +1,40 @@
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/installed
+NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
+export MPLBACKEND ?= agg
+export PYTHONWARNINGS ?= ignore::FutureWarning
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test notebooks export readme clean
+
+help:       ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## make .venv and install the pinned set (several GB, once)
+
+$(INSTALLED): settings.ini setup.py
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3,11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+train: $(INSTALLED)  ## train both arms and compare them; ARGS="--data imagewoof-320 ..." for photographs
+	$(BIN)/resizer_compare --arms bilinear,learned --seeds 0 --data sample --arch resnet18 --size 128 --out 64 --epochs 8 $(ARGS)
+
+test: $(INSTALLED)  ## run every notebook as nbdev_test does, then tests/; ARGS="-k name" for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(ARGS)
+
+export: $(INSTALLED)  ## write the library and README.md from the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/python nbs/readme.py
+
+notebooks: $(INSTALLED)  ## run every notebook in Jupyter and keep its outputs, then clean and export
+	$(BIN)/nbdev_export
+	$(BIN)/jupyter execute --inplace $(NOTEBOOKS)
+	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/readme.py
+
+clean:      ## remove what the commands wrote, except .venv and runs
+	rm -rf build *.egg-info .pytest_cache _docs _proc
