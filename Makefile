@@ -21,7 +21,7 @@ $(INSTALLED): settings.ini setup.py
 	touch $@
 
 train: $(INSTALLED)  ## train both arms and compare them; ARGS="--data imagewoof-320 ..." for photographs
-	$(BIN)/resizer_compare --arms bilinear,learned --seeds 0 --data sample --arch resnet18 --size 128 --out 64 --epochs 8 $(ARGS)
+	$(BIN)/resizer_compare --arms bilinear,learned --seeds 0 --data sample --arch resnet18 --size 128 --out 64 --epochs 6 --bs 25 --workers 0 $(ARGS)
 
 test: $(INSTALLED)  ## run every notebook as nbdev_test does, then tests/; ARGS="-k name" for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(ARGS)

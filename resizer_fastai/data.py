@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_bands', 'wordnet_names', 'UsageError', 'draw_sample', 'get_path', 'split_files', 'class_name',
-           'RandomCropFlip', 'resizer_block', 'get_dls', 'command']
+           'RandomCropFlip', 'resizer_block', 'get_dls', 'short_sides', 'cli_command']
 
 # %% ../nbs/00_data.ipynb #703d6ccf
 from fastai.vision.all import *
@@ -226,8 +226,18 @@ def get_dls(
     if len(dls.train_ds)<bs: dls.loaders[0] = dls.train.new(bs=len(dls.train_ds))
     return dls
 
+# %% ../nbs/00_data.ipynb #cfac26e6
+def short_sides(
+    files:list, # Image files
+    n:int=200, # Look at this many of them, evenly spaced
+) -> np.ndarray: # Pixels
+    "Length of the shorter side of images, from their headers"
+    def side(f):
+        with Image.open(f) as im: return min(im.size)
+    return np.array([side(f) for f in files[::max(1, len(files)//n)]])
+
 # %% ../nbs/00_data.ipynb #93e086af
-def command(
+def cli_command(
     f:Callable, # A function with docments, one of whose parameters is `debug`
 ) -> Callable: # A function that reads the command line when it is called by a console script
     "`call_parse` for a command that answers errors with one sentence, and with a traceback only if `debug`"

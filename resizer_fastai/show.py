@@ -8,7 +8,6 @@ __all__ = ['resized_images']
 # %% ../nbs/03_show.ipynb #27ecc334
 from fastai.vision.all import *
 from .resizer import FixedResizer
-from .learner import resizer_learner
 
 # %% ../nbs/03_show.ipynb #e9334bd1
 def _denormalize(dls, x):

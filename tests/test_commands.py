@@ -1,0 +1,107 @@
+"The commands as a shell sees them: what they write, what they say, and how they exit."
+import json
+import numpy as np, pytest
+from conftest import make_images
+
+small = ['--arch', 'resnet18', '--size', 64, '--out', 32, '--epochs', 1, '--bs', 10, '--workers', 0]
+
+def one_sentence(res, code, *says):
+    "The command exits with `code`, says one thing on stderr, and shows no traceback"
+    assert res.returncode == code, res.stderr
+    assert len(res.stderr.strip().split('\n')) == 1 and 'Traceback' not in res.stderr, res.stderr
+    for o in says: assert o in res.stderr
+
+def test_train_writes_a_run_and_exits_0(shell, tmp_path):
+    res = shell('resizer_train', '--data', 'sample', '--limit', 20, *small)
+    assert res.returncode == 0, res.stderr
+    run = tmp_path/'runs'/'sample-resnet18-learned-42'
+    assert {p.name for p in run.iterdir()} == {'run.json', 'metrics.csv', 'preds.npz', 'model', 'resizer.safetensors', 'images'}
+    assert {p.name for p in (run/'model').iterdir()} == {'config.json', 'model.safetensors', 'README.md'}
+    assert 'accuracy' in res.stdout and '\r' not in res.stdout
+    one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *small), 2, 'exists', '--name')
+
+def test_command_in_run_json_makes_the_same_run_again(shell, tmp_path):
+    shell('resizer_train', '--data', 'sample', '--limit', 20, *small, '--seed', 0)
+    first = tmp_path/'runs'/'sample-resnet18-learned-0'
+    command = json.loads((first/'run.json').read_text())['command'].split()
+    assert shell(*command, '--runs', 'again').returncode == 0
+    a, b = [np.load(p/'preds.npz')['probs'] for p in (first, tmp_path/'again'/first.name)]
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+@pytest.mark.parametrize('args,says', [
+    (['--arch', 'resnet5'], 'no body'), (['--arch', 'os.system'], 'no body'), (['--resizer', 'lanczos'], 'there are learned'),
+    (['--out', 0], '1 or more'), (['--epochs', 0], '1 or more'), (['--bs', 0], '1 or more'), (['--precision', 'fp8'], 'precision is')])
+def test_usage_exits_2(shell, tmp_path, args, says):
+    one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *args), 2, says)
+    assert not (tmp_path/'runs').exists()
+
+def test_no_network_and_no_data(shell, tmp_path):
+    res = shell('resizer_train', FASTAI_HOME=tmp_path/'home')
+    one_sentence(res, 1, 'imagenette', str(tmp_path/'home'/'data'/'imagenette2'), 'https://', '--data sample')
+
+def test_no_network_and_no_weights(shell, tmp_path):
+    res = shell('resizer_train', '--data', 'sample', '--limit', 20, '--pretrained', '--arch', 'resnet18', TORCH_HOME=tmp_path/'hub')
+    one_sentence(res, 1, 'pretrained weights of resnet18', 'random weights')
+
+def test_pretrained_body_is_fine_tuned(shell, tmp_path):
+    "With weights where torch keeps them (drawn ones here): one frozen epoch, then the asked for"
+    import torch
+    from torchvision.models import ResNet18_Weights, resnet18
+    hub = tmp_path/'hub'/'hub'/'checkpoints'
+    hub.mkdir(parents=True)
+    torch.save(resnet18().state_dict(), hub/ResNet18_Weights.DEFAULT.url.rsplit('/', 1)[1])
+    res = shell('resizer_train', '--data', 'sample', '--limit', 20, '--pretrained', *small, TORCH_HOME=tmp_path/'hub')
+    assert res.returncode == 0, res.stderr
+    run = next((tmp_path/'runs').iterdir())
+    assert len((run/'metrics.csv').read_text().strip().split('\n')) == 1 + 2
+    assert json.loads((run/'model'/'config.json').read_text())['pretrained'] is False
+
+def test_folders_that_cannot_be_trained_on(shell, tmp_path):
+    (tmp_path/'empty').mkdir()
+    one_sentence(shell('resizer_train', '--data', 'empty'), 1, 'no images under')
+    one_sentence(shell('resizer_train', '--data', 'absent'), 1, 'neither a folder')
+    make_images(tmp_path/'flat', [f'{c}/{i}.png' for c in 'ab' for i in range(4)])
+    one_sentence(shell('resizer_train', '--data', 'flat'), 1, 'no validation split', 'valid_pct')
+    make_images(tmp_path/'one', [f'{s}/a/{i}.png' for s in ('train', 'val') for i in range(4)])
+    one_sentence(shell('resizer_train', '--data', 'one'), 1, 'two classes')
+    make_images(tmp_path/'noval', [f'train/{c}/{i}.png' for c in 'ab' for i in range(4)])
+    one_sentence(shell('resizer_train', '--data', 'noval'), 1, 'no validation split')
+    assert not (tmp_path/'runs').exists()
+
+def test_traceback_only_with_debug(shell):
+    res = shell('resizer_train', '--data', 'absent', '--debug')
+    assert res.returncode == 1 and 'Traceback' in res.stderr
+
+def test_own_folder_is_only_read(shell, tmp_path):
+    data = make_images(tmp_path/'été 🐕', [f'{c}/{i}.png' for c in ('a b', 'ü') for i in range(6)])
+    before = sorted((p, p.stat().st_mtime_ns) for p in data.rglob('*'))
+    res = shell('resizer_train', '--data', data, '--valid_pct', 0.5, *small)
+    assert res.returncode == 0, res.stderr
+    assert sorted((p, p.stat().st_mtime_ns) for p in data.rglob('*')) == before
+    run = json.loads(next((tmp_path/'runs').glob('*/run.json')).read_text())
+    assert run['data']['classes'] == ['a b', 'ü'] and run['data']['train'] == run['data']['valid'] == 6
+
+def test_valid_is_as_good_a_name_as_val(shell, tmp_path):
+    make_images(tmp_path/'d', [f'{s}/{c}/{i}.png' for s in ('train', 'valid') for c in 'ab' for i in range(5)])
+    assert shell('resizer_train', '--data', 'd', *small, '--resizer', 'pil').returncode == 0
+
+def test_compare_ends_with_table_sentence_and_picture(shell, tmp_path):
+    compare = ['resizer_compare', '--arms', 'bilinear,learned', '--seeds', 0, '--data', 'sample', '--limit', 20, *small]
+    res = shell(*compare)
+    assert res.returncode == 0, res.stderr
+    *_, sentence, picture = res.stdout.strip().split('\n')
+    assert sentence.startswith('learned is') and '95 % interval' in sentence
+    assert (tmp_path/picture.removeprefix('picture: ')).read_bytes().startswith(b'\x89PNG')
+    table = (tmp_path/'runs'/'compare-sample-resnet18'/'table.md').read_text()
+    assert table.split('\n\n')[0] in res.stdout and '`resizer_compare --arms bilinear,learned --seeds 0 --data sample' in table
+    again = shell(*compare)
+    assert again.returncode == 0 and again.stdout.count('finished before') == 2
+    one_sentence(shell('resizer_compare', '--arms', 'bilinear,lanczos'), 2, 'no resizer lanczos')
+    one_sentence(shell('resizer_compare', '--seeds', 'one'), 2, '0,1,2')
+
+def test_compare_removes_no_folder_but_its_own(shell, tmp_path):
+    theirs = tmp_path/'runs'/'compare-sample-resnet18'/'sample-resnet18-bilinear-0'
+    theirs.mkdir(parents=True)
+    (theirs/'thesis.txt').write_text('years of work')
+    one_sentence(shell('resizer_compare', '--data', 'sample', '--limit', 20, *small), 2, 'no run of this project')
+    assert (theirs/'thesis.txt').exists()
