@@ -1,5 +1,5 @@
 "Write README.md, and its pictures, from index.ipynb; `--check` only says whether they are what the notebook says."
-import base64, json, sys
+import base64, json, re, sys
 from pathlib import Path
 
 nbs = Path(__file__).parent
@@ -14,14 +14,14 @@ def output(out, files):
             name = f'images/index-{len(files)}.{ext}'
             files[nbs/name] = base64.b64decode(text(data[kind]))
             return f'![](nbs/{name})'
+    if 'text/html' in data: return text(data['text/html']) if '<table' in text(data['text/html']) else ''
     if 'text/markdown' in data: return text(data['text/markdown']).strip()
-    if 'text/html' in data: return ''
     plain = text(data.get('text/plain', out.get('text', '')) if out.get('name') != 'stderr' else '').strip()
     return f'```\n{plain}\n```' if plain else ''
 
 def cell(c, files):
     source = text(c['source']).strip()
-    if c['cell_type'] != 'code': return [source]
+    if c['cell_type'] != 'code': return [re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', source)]
     lines = source.split('\n')
     flags = {o[2:].split(':')[0].strip() for o in lines if o.startswith('#|')}
     if 'hide' in flags: return []
