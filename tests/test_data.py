@@ -1,6 +1,6 @@
 "The sample set under several processes, and learners that leave the machine they were made on."
 import subprocess, sys
-import torch
+import pytest, torch
 from fastai.vision.all import get_image_files, load_learner, resnet18
 from resizer_fastai.data import get_dls, get_path
 from resizer_fastai.learner import precision_cbs, resizer_learner
@@ -15,10 +15,12 @@ def test_two_processes_draw_one_whole_set(tmp_path):
 
 def test_a_drawing_that_is_stopped_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     import resizer_fastai.data as data
-    def stop(*args, **kwargs): raise KeyboardInterrupt
+    def stop(draw, items, **kwargs):
+        for o in items[:3]: draw(o)
+        assert not [p for p in tmp_path.iterdir() if not p.name.startswith('.')]
+        raise KeyboardInterrupt
     monkeypatch.setattr(data, 'parallel', stop)
-    try: data._sample_path(tmp_path)
-    except KeyboardInterrupt: pass
+    with pytest.raises(KeyboardInterrupt): data._sample_path(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 def test_export_and_load_learner(tmp_path):
