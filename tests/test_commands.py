@@ -5,7 +5,7 @@ from conftest import make_images
 
 small = ['--arch', 'resnet18', '--size', 64, '--out', 32, '--epochs', 1, '--bs', 10, '--workers', 0]
 
-def one_sentence(res, code, *says):
+def check_one_sentence(res, code, *says):
     "The command exits with `code`, says one thing on stderr, and shows no traceback"
     assert res.returncode == code, res.stderr
     assert len(res.stderr.strip().split('\n')) == 1 and 'Traceback' not in res.stderr, res.stderr
@@ -18,7 +18,7 @@ def test_train_writes_a_run_and_exits_0(shell, tmp_path):
     assert {p.name for p in run.iterdir()} == {'run.json', 'metrics.csv', 'preds.npz', 'model', 'resizer.safetensors', 'images'}
     assert {p.name for p in (run/'model').iterdir()} == {'config.json', 'model.safetensors', 'README.md'}
     assert 'accuracy' in res.stdout and '\r' not in res.stdout
-    one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *small), 2, 'exists', '--name')
+    check_one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *small), 2, 'exists', '--name')
 
 def test_command_in_run_json_makes_the_same_run_again(shell, tmp_path):
     shell('resizer_train', '--data', 'sample', '--limit', 20, *small, '--seed', 0)
@@ -32,16 +32,16 @@ def test_command_in_run_json_makes_the_same_run_again(shell, tmp_path):
     (['--arch', 'resnet5'], 'no body'), (['--arch', 'os.system'], 'no body'), (['--resizer', 'lanczos'], 'there are learned'),
     (['--out', 0], '1 or more'), (['--epochs', 0], '1 or more'), (['--bs', 0], '1 or more'), (['--precision', 'fp8'], 'precision is')])
 def test_usage_exits_2(shell, tmp_path, args, says):
-    one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *args), 2, says)
+    check_one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *args), 2, says)
     assert not (tmp_path/'runs').exists()
 
 def test_no_network_and_no_data(shell, tmp_path):
     res = shell('resizer_train', FASTAI_HOME=tmp_path/'home')
-    one_sentence(res, 1, 'imagenette', str(tmp_path/'home'/'data'/'imagenette2'), 'https://', '--data sample')
+    check_one_sentence(res, 1, 'imagenette', str(tmp_path/'home'/'data'/'imagenette2'), 'https://', '--data sample')
 
 def test_no_network_and_no_weights(shell, tmp_path):
     res = shell('resizer_train', '--data', 'sample', '--limit', 20, '--pretrained', '--arch', 'resnet18', TORCH_HOME=tmp_path/'hub')
-    one_sentence(res, 1, 'pretrained weights of resnet18', 'random weights')
+    check_one_sentence(res, 1, 'pretrained weights of resnet18', 'random weights')
 
 def test_pretrained_body_is_fine_tuned(shell, tmp_path):
     "With weights where torch keeps them (drawn ones here): one frozen epoch, then the asked for"
@@ -58,14 +58,14 @@ def test_pretrained_body_is_fine_tuned(shell, tmp_path):
 
 def test_folders_that_cannot_be_trained_on(shell, tmp_path):
     (tmp_path/'empty').mkdir()
-    one_sentence(shell('resizer_train', '--data', 'empty'), 1, 'no images under')
-    one_sentence(shell('resizer_train', '--data', 'absent'), 1, 'neither a folder')
+    check_one_sentence(shell('resizer_train', '--data', 'empty'), 1, 'no images under')
+    check_one_sentence(shell('resizer_train', '--data', 'absent'), 1, 'neither a folder')
     make_images(tmp_path/'flat', [f'{c}/{i}.png' for c in 'ab' for i in range(4)])
-    one_sentence(shell('resizer_train', '--data', 'flat'), 1, 'no validation split', 'valid_pct')
+    check_one_sentence(shell('resizer_train', '--data', 'flat'), 1, 'no validation split', 'valid_pct')
     make_images(tmp_path/'one', [f'{s}/a/{i}.png' for s in ('train', 'val') for i in range(4)])
-    one_sentence(shell('resizer_train', '--data', 'one'), 1, 'two classes')
+    check_one_sentence(shell('resizer_train', '--data', 'one'), 1, 'two classes')
     make_images(tmp_path/'noval', [f'train/{c}/{i}.png' for c in 'ab' for i in range(4)])
-    one_sentence(shell('resizer_train', '--data', 'noval'), 1, 'no validation split')
+    check_one_sentence(shell('resizer_train', '--data', 'noval'), 1, 'no validation split')
     assert not (tmp_path/'runs').exists()
 
 def test_traceback_only_with_debug(shell):
@@ -96,12 +96,12 @@ def test_compare_ends_with_table_sentence_and_picture(shell, tmp_path):
     assert table.split('\n\n')[0] in res.stdout and '`resizer_compare --arms bilinear,learned --seeds 0 --data sample' in table
     again = shell(*compare)
     assert again.returncode == 0 and again.stdout.count('finished before') == 2
-    one_sentence(shell('resizer_compare', '--arms', 'bilinear,lanczos'), 2, 'no resizer lanczos')
-    one_sentence(shell('resizer_compare', '--seeds', 'one'), 2, '0,1,2')
+    check_one_sentence(shell('resizer_compare', '--arms', 'bilinear,lanczos'), 2, 'no resizer lanczos')
+    check_one_sentence(shell('resizer_compare', '--seeds', 'one'), 2, '0,1,2')
 
 def test_compare_removes_no_folder_but_its_own(shell, tmp_path):
     theirs = tmp_path/'runs'/'compare-sample-resnet18'/'sample-resnet18-bilinear-0'
     theirs.mkdir(parents=True)
     (theirs/'thesis.txt').write_text('years of work')
-    one_sentence(shell('resizer_compare', '--data', 'sample', '--limit', 20, *small), 2, 'no run of this project')
+    check_one_sentence(shell('resizer_compare', '--data', 'sample', '--limit', 20, *small), 2, 'no run of this project')
     assert (theirs/'thesis.txt').exists()
