@@ -32,7 +32,7 @@ export: $(INSTALLED)  ## write the library and README.md from the notebooks
 
 notebooks: $(INSTALLED)  ## run every notebook in Jupyter and keep its outputs, then clean and export
 	$(BIN)/nbdev_export
-	$(BIN)/jupyter execute --inplace $(NOTEBOOKS)
+	MPLBACKEND= PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace $(NOTEBOOKS)
 	$(BIN)/nbdev_clean
 	$(BIN)/python nbs/readme.py
 
