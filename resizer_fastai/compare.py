@@ -11,7 +11,7 @@ from fastai.vision.all import *
 from scipy import stats
 from .data import UsageError, cli_command
 from .resizer import resizer_names
-from .train import resizer_train, run_name
+from .train import resizer_train, run_name, versions
 
 # %% ../nbs/05_compare.ipynb #c106d16d
 def paired_interval(
@@ -28,10 +28,9 @@ def paired_interval(
 _defaults = {k:p.default for k,p in inspect.signature(resizer_train).parameters.items() if k not in ('name','runs','debug')}
 
 def _read_cell(path):
-    "Options and metrics of the run in `path`; metrics are None unless it is finished"
-    try: run = json.loads((path/'run.json').read_text())
-    except (OSError, ValueError): return None,None
-    return run['args'],run['metrics']
+    "The `run.json` in `path`, or None; its metrics are None unless the run is finished"
+    try: return json.loads((path/'run.json').read_text())
+    except (OSError, ValueError): return None
 
 # %% ../nbs/05_compare.ipynb #03b8b621
 def run_cell(
@@ -41,14 +40,16 @@ def run_cell(
     "Train one cell, unless it is there already"
     options = _defaults | options
     path = root/run_name(*[options[o] for o in ('data','arch','resizer','seed')])
-    args,metrics = _read_cell(path)
+    run = _read_cell(path)
     if path.exists():
-        if metrics and args==options:
-            print(f'{path}: finished before, with the same options')
+        if run is None: raise UsageError(f'{path} is no run of this project: give the comparison another --name')
+        same = run['args']==options and run['versions']==versions()
+        if run['metrics'] and same:
+            print(f'{path}: finished before, with the same options and versions')
             return path
-        if args is None: raise UsageError(f'{path} is no run of this project: give the comparison another --name')
-        print(f'{path}: {"has other options" if metrics else "was not finished"}, and is run afresh')
-        shutil.rmtree(path)
+        aside = next(o for i in itertools.count(1) if not (o := path.with_name(f'{path.name}.old-{i}')).exists())
+        path.rename(aside)
+        print(f'{path}: {"has other options or versions" if run["metrics"] else "was not finished"}; moved to {aside.name} and run afresh')
     resizer_train(**options, runs=str(root))
     return path
 
@@ -60,7 +61,7 @@ def _correct(path):
 
 def _difference(cells, arm, base):
     "Difference of two arms in points of accuracy with its interval, over seeds if there are several, else over images"
-    if len(cells[arm])>1: pairs = [[100*_read_cell(p)[1]['accuracy'] for p in cells[o]] for o in (arm,base)]
+    if len(cells[arm])>1: pairs = [[100*_read_cell(p)['metrics']['accuracy'] for p in cells[o]] for o in (arm,base)]
     else:
         a,b = [_correct(cells[o][0]) for o in (arm,base)]
         pairs = 100*a, 100*b[a.index]
@@ -158,6 +159,7 @@ def resizer_compare(
     **kwargs
 ) -> pd.DataFrame: # From `results_table`
     "Train each arm with each seed, everything else equal, and hold the arms against bilinear (or the first one)"
+    data = str(data)
     kwargs.pop('debug', None)   # `cli_command` sees to it
     arms,seeds = _list(arms, str, 'arms'),_list(seeds, int, 'seeds')
     unknown = [o for o in arms if o not in resizer_names]

@@ -142,11 +142,13 @@ def split_files(
     "Split image files into training and validation, by folder or by share, the same way on every machine"
     if limit is not None and limit<1: raise UsageError(f'limit is a number of images, 1 or more: got {limit}')
     splits = _split_folders(files) if valid_pct is None else _split_pct(files, valid_pct)
-    classes = {f.parent.name for f in splits[0]}
-    if len(classes)<2: raise ValueError(f'a classifier needs two classes or more: {os.path.commonpath(files)} has the '
-                                        f'training classes {sorted(classes)}')
+    train,valid = splits = [_order(s)[:limit] for s in splits]
+    classes,unseen = {f.parent.name for f in train},{f.parent.name for f in valid}-{f.parent.name for f in train}
+    if len(classes)<2: raise ValueError(f'a classifier needs two classes or more: the training images of {os.path.commonpath(files)} '
+                                        f'have {", ".join(sorted(classes)) or "none"}')
+    if unseen: raise ValueError(f'validation has classes that training has not: {", ".join(sorted(unseen))}')
     at = {f:i for i,f in enumerate(files)}
-    return tuple(L(sorted(at[f] for f in _order(s)[:limit])) for s in splits)
+    return tuple(L(sorted(at[f] for f in s)) for s in splits)
 
 # %% ../nbs/00_data.ipynb #9cbb2298
 wordnet_names = dict(
@@ -248,7 +250,7 @@ def cli_command(
         except KeyboardInterrupt: sys.exit(f'{f.__name__}: interrupted')
         except Exception as e:
             if kwargs.get('debug'): raise
-            print(f'{f.__name__}: {e}', file=sys.stderr)
+            print(f'{f.__name__}: {str(e) or type(e).__name__}', file=sys.stderr)
             sys.exit(2 if isinstance(e, UsageError) else 1)
     cmd = call_parse(run)
     return cmd

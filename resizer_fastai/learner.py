@@ -8,6 +8,7 @@ __all__ = ['body_names', 'get_body', 'ResizerClassifier', 'joint_split', 'FusedA
 
 # %% ../nbs/02_learner.ipynb #e1a3cbfd
 from fastai.vision.all import *
+from contextlib import nullcontext
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.utils import is_jsonable
 from safetensors.torch import load_file
@@ -58,12 +59,13 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         try: joint = create_vision_model(make, n_out, pretrained=pretrained, cut=cut, init=init, custom_head=custom_head,
                                          n_in=resizer_args.get('out_channels', n_in), **(head_args or {}))
         except OSError as e: raise OSError(f'the pretrained weights of {make.__name__} are neither in {torch.hub.get_dir()} nor '
-                                           f'to be downloaded ({e}): train from random weights with pretrained=False') from e
+                                           f'to be downloaded ({e}): train from random weights, without --pretrained or with pretrained=False') from e
+        except StopIteration: raise UsageError(f'{make.__name__} cannot be cut into a body and a head: pass cut, or take a body such as resnet50') from None
         if isinstance(resizer, str):
             if resizer=='learned': resizer_args = dict(in_channels=n_in, out_channels=n_in) | resizer_args
             resizer = make_resizer(resizer, size, **resizer_args)
         self.resizer,self.body,self.head = resizer,*joint
-        self.arch,self.vocab,self.input_size = make,vocab,input_size
+        self.arch,self.vocab,self.input_size,self.autocast = make,vocab,input_size,None
         stat = lambda o,default: tensor(default if o is None else o, dtype=torch.float).view(-1,1,1)
         self.register_buffer('mean', stat(mean, [0.]), persistent=False)
         self.register_buffer('std',  stat(std,  [1.]), persistent=False)
@@ -73,7 +75,8 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
     def forward(self,
         x:Tensor, # Normalised images, shape (B, n_in, H, W)
     ) -> Tensor: # Logits, shape (B, n_out)
-        return self.head(self.body(self.resizer(x.as_subclass(Tensor))))
+        with torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext():
+            return self.head(self.body(self.resizer(x.as_subclass(Tensor))))
 
 # %% ../nbs/02_learner.ipynb #45313a33
 @patch
@@ -91,7 +94,8 @@ def from_pretrained(cls:ResizerClassifier,
 ) -> ResizerClassifier: # In evaluation mode, on the CPU
     "Load a model from `config.json` and `model.safetensors`: every key and every weight has to fit"
     names = ['config.json','model.safetensors']
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), allow_patterns=names, **kwargs))
+    try: folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), allow_patterns=names, **kwargs))
+    except (OSError, ValueError) as e: raise FileNotFoundError(f'{path} is neither a folder nor a repository that can be had from the Hub: {e}') from e
     missing = [o for o in names if not (folder/o).exists()]
     if missing: raise FileNotFoundError(f'no {" and no ".join(missing)} in {folder}')
     config = json.loads((folder/'config.json').read_text())
@@ -155,20 +159,12 @@ class FusedAdamW(OptimWrapper):
 
 # %% ../nbs/02_learner.ipynb #b3ed7785
 class Autocast(Callback):
-    "Run the model in `dtype` where that is safe, on whatever device it is; predictions and loss stay float32"
+    "Run a `ResizerClassifier` in `dtype` where that is safe, on whatever device it is; predictions and loss stay float32"
     order = 10
-    def __init__(self, dtype:torch.dtype=torch.bfloat16): self.dtype,self.context = dtype,None
-    def before_batch(self):
-        self.context = torch.autocast(self.x.device.type, self.dtype)
-        self.context.__enter__()
-    def after_pred(self):
-        self._leave()
-        self.learn.pred = to_float(self.pred)
-    def _leave(self):
-        if self.context: self.context.__exit__(None, None, None)
-        self.context = None
-    def after_cancel_batch(self): self._leave()
-    def after_cancel_fit(self): self._leave()
+    def __init__(self, dtype:torch.dtype=torch.bfloat16): self.dtype = dtype
+    def before_fit(self): self.learn.model.autocast = self.dtype
+    def after_pred(self): self.learn.pred = to_float(self.pred)
+    def after_fit(self): self.learn.model.autocast = None
 
 # %% ../nbs/02_learner.ipynb #539eecfa
 def has_bf16(
@@ -206,8 +202,7 @@ def _normalize(dls):
 
 def _input_size(dls):
     "Height and width of what `dls` gives to the model"
-    resize = first(dls.after_item.fs, risinstance(Resize))
-    return list(resize.size[::-1] if resize else dls.train.one_batch()[0].shape[-2:])
+    return list(dls.valid.new(bs=1, num_workers=0).one_batch()[0].shape[-2:])
 
 # %% ../nbs/02_learner.ipynb #a47baf63
 @delegates(create_head)

@@ -47,7 +47,9 @@ class FixedResizer(nn.Module):
     ) -> Tensor: # Resized images, shape (B, C, h, w)
         _check_input(x)
         size = self.size if size is None else _check_size(size)
-        return F.interpolate(x, size, mode=self.interpolate_mode, antialias=self.antialias)
+        half = self.antialias and x.device.type=='cpu' and x.dtype==torch.bfloat16   # PyTorch has no such kernel
+        y = F.interpolate(x.float() if half else x, size, mode=self.interpolate_mode, antialias=self.antialias)
+        return y.to(x.dtype)
 
     def extra_repr(self): return f'{self.size}, {self.interpolate_mode!r}, antialias={self.antialias}'
 

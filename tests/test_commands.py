@@ -30,7 +30,8 @@ def test_command_in_run_json_makes_the_same_run_again(shell, tmp_path):
 
 @pytest.mark.parametrize('args,says', [
     (['--arch', 'resnet5'], 'no body'), (['--arch', 'os.system'], 'no body'), (['--resizer', 'lanczos'], 'there are learned'),
-    (['--out', 0], '1 or more'), (['--epochs', 0], '1 or more'), (['--bs', 0], '1 or more'), (['--precision', 'fp8'], 'precision is')])
+    (['--out', 0], '1 or more'), (['--epochs', 0], '1 or more'), (['--bs', 0], '1 or more'), (['--precision', 'fp8'], 'precision is'),
+    (['--workers', -1], '0 or more'), (['--arch', 'vit_b_16'], 'cannot be cut')])
 def test_usage_exits_2(shell, tmp_path, args, says):
     check_one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *args), 2, says)
     assert not (tmp_path/'runs').exists()
@@ -66,6 +67,8 @@ def test_folders_that_cannot_be_trained_on(shell, tmp_path):
     check_one_sentence(shell('resizer_train', '--data', 'one'), 1, 'two classes')
     make_images(tmp_path/'noval', [f'train/{c}/{i}.png' for c in 'ab' for i in range(4)])
     check_one_sentence(shell('resizer_train', '--data', 'noval'), 1, 'no validation split')
+    make_images(tmp_path/'odd', [f'{o}/{i}.png' for o in ('train/a', 'train/b', 'val/a', 'val/c') for i in range(4)])
+    check_one_sentence(shell('resizer_train', '--data', 'odd'), 1, 'training has not: c')
     assert not (tmp_path/'runs').exists()
 
 def test_traceback_only_with_debug(shell):
@@ -98,6 +101,15 @@ def test_compare_ends_with_table_sentence_and_picture(shell, tmp_path):
     assert again.returncode == 0 and again.stdout.count('finished before') == 2
     check_one_sentence(shell('resizer_compare', '--arms', 'bilinear,lanczos'), 2, 'no resizer lanczos')
     check_one_sentence(shell('resizer_compare', '--seeds', 'one'), 2, '0,1,2')
+
+def test_compare_keeps_what_it_runs_afresh(shell, tmp_path):
+    compare = ['resizer_compare', '--arms', 'bilinear', '--data', 'sample', '--limit', 20, *small]
+    assert shell(*compare).returncode == 0
+    root = tmp_path/'runs'/'compare-sample-resnet18'
+    before = (root/'sample-resnet18-bilinear-0'/'run.json').read_text()
+    res = shell(*compare, '--lr', 1e-3)
+    assert res.returncode == 0 and 'has other options' in res.stdout
+    assert (root/'sample-resnet18-bilinear-0.old-1'/'run.json').read_text() == before
 
 def test_compare_removes_no_folder_but_its_own(shell, tmp_path):
     theirs = tmp_path/'runs'/'compare-sample-resnet18'/'sample-resnet18-bilinear-0'
