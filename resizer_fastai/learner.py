@@ -202,7 +202,7 @@ def _normalize(dls):
 
 def _input_size(dls):
     "Height and width of what `dls` gives to the model"
-    return list(dls.valid.new(bs=1, num_workers=0).one_batch()[0].shape[-2:])
+    with no_random(): return list(dls.valid.new(bs=1, num_workers=0).one_batch()[0].shape[-2:])
 
 # %% ../nbs/02_learner.ipynb #a47baf63
 @delegates(create_head)
