@@ -10,7 +10,7 @@ __all__ = ['plain_head', 'recipe_learner', 'MetricsLog', 'data_fingerprint', 've
 from fastai.vision.all import *
 from safetensors.torch import save_model as save_safetensors
 from .data import UsageError, cli_command, get_dls, get_path, short_sides
-from .resizer import make_resizer, resizer_names
+from .resizer import make_resizer
 from .learner import get_body, pick_precision, precision_cbs, resizer_learner
 from .show import resized_images   # and `Learner.show_resized` with it
 from . import __version__
