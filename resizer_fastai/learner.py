@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.utils import is_jsonable
 from safetensors.torch import load_file
-from .data import UsageError
+from .data import NormalizeInPlace, ReadImage, UsageError, image_reader
 from .resizer import Resizer, make_resizer
 from collections.abc import Callable
 import difflib, torchvision
@@ -42,7 +42,9 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         resizer:str|nn.Module='learned', # One of `resizer_names`, or a module that maps (B, C, H, W) to (B, C', h, w)
         size:int|tuple=224, # Target size of the resizer in pixels: a number, or (height, width)
         n_in:int=3, # Channels of the images
-        input_size:int|tuple=448, # Size that `predict` squishes images to before the resizer
+        input_size:int|tuple=448, # Size that `predict` brings images to before the resizer
+        resize:str='squish', # How it does so, as for `read_image`
+        background:tuple|str=None, # Colour under transparent parts, as for `read_image`
         vocab:list=None, # Names of the classes, for `predict`
         mean:list=None, # Mean of each channel, for `predict`; by default 0
         std:list=None, # Standard deviation of each channel, for `predict`; by default 1
@@ -65,7 +67,8 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
             if resizer=='learned': resizer_args = dict(in_channels=n_in, out_channels=n_in) | resizer_args
             resizer = make_resizer(resizer, size, **resizer_args)
         self.resizer,self.body,self.head = resizer,*joint
-        self.arch,self.vocab,self.input_size,self.autocast = make,vocab,input_size,None
+        self.arch,self.vocab,self.autocast = make,vocab,None
+        self.read = ReadImage(input_size, resize, **({} if background is None else dict(background=background)))
         stat = lambda o,default: tensor(default if o is None else o, dtype=torch.float).view(-1,1,1)
         self.register_buffer('mean', stat(mean, [0.]), persistent=False)
         self.register_buffer('std',  stat(std,  [1.]), persistent=False)
@@ -113,13 +116,14 @@ def predict(self:ResizerClassifier,
     images, # File names, PIL images or uint8 arrays of shape (H, W, 3); one, or a list
     bs:int=64, # Images at once
 ) -> tuple: # Names of the classes (or None without `vocab`), their indices, and probabilities of shape (N, n_out)
-    "Classify raw images, squished to `input_size` and normalised with `mean` and `std`, in evaluation mode"
-    squish,was_training = Resize(self.input_size, method=ResizeMethod.Squish),self.training
-    def load(o): return image2tensor(squish(PILImage(PILImage.create(o).convert('RGB')), split_idx=1))
-    self.eval()
+    "Classify raw images, brought to `input_size` and normalised with `mean` and `std`, in evaluation mode"
     images = images if isinstance(images, (list,tuple,L)) else [images]
-    probs = [self((torch.stack([load(o) for o in b]).to(self.mean.device)/255. - self.mean)/self.std).float().softmax(1).cpu()
-             for b in chunked(images, bs)]
+    was_training = self.training
+    self.eval()
+    def probs_of(b):
+        x = torch.stack([self.read.encodes(o).as_subclass(Tensor) for o in b]).to(self.mean.device).permute(0,3,1,2)
+        return self((x/255-self.mean)/self.std).float().softmax(1).cpu()
+    probs = [probs_of(b) for b in chunked(images, bs)]
     self.train(was_training)
     probs = torch.cat(probs)
     idxs = probs.argmax(1)
@@ -200,9 +204,11 @@ def _normalize(dls):
     "The `Normalize` that `dls` has, or None"
     return first(dls.after_batch.fs, risinstance(Normalize))
 
-def _input_size(dls):
-    "Height and width of what `dls` gives to the model"
-    with no_random(): return list(dls.valid.new(bs=1, num_workers=0).one_batch()[0].shape[-2:])
+def _reading(dls):
+    "How `dls` brings images to the size that it gives to the model, as arguments of `ResizerClassifier`"
+    if read := image_reader(dls): return dict(input_size=read.size, resize=read.resize, background=list(read.background))
+    with no_random(): x = dls.valid.new(bs=1, num_workers=0).one_batch()[0]
+    return dict(input_size=list(x.shape[-2:]), resize=getattr(first(dls.valid.after_item.fs, risinstance(Resize)), 'method', 'squish'))
 
 # %% ../nbs/02_learner.ipynb #a47baf63
 @delegates(create_head)
@@ -238,11 +244,11 @@ def resizer_learner(
     if not n_out: raise ValueError('the number of classes cannot be told from dls: pass n_out')
     meta = model_meta.get(get_body(arch), dict(split=default_split))
     if normalize and n_in==3 and not _normalize(dls):
-        dls.add_tfms([Normalize.from_stats(*meta.get('stats', imagenet_stats), cuda=dls.device.type!='cpu')], 'after_batch')
+        dls.add_tfms([NormalizeInPlace.from_stats(*meta.get('stats', imagenet_stats), cuda=dls.device.type!='cpu')], 'after_batch')
     norm = _normalize(dls)
     stats = dict(mean=norm.mean.flatten().tolist(), std=norm.std.flatten().tolist()) if norm else {}
-    model = ResizerClassifier(arch, n_out, resizer, size, n_in, input_size=_input_size(dls), vocab=list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None,
-                              **stats, pretrained=pretrained, resizer_args=resizer_args, head_args=kwargs, cut=cut, init=init, custom_head=custom_head)
+    model = ResizerClassifier(arch, n_out, resizer, size, n_in, vocab=list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None,
+                              **stats, **_reading(dls), pretrained=pretrained, resizer_args=resizer_args, head_args=kwargs, cut=cut, init=init, custom_head=custom_head)
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=cbs, metrics=metrics, path=ifnone(path, Path()),
                     splitter=ifnone(splitter, partial(joint_split, split=meta['split'])), model_dir=model_dir, wd=wd,
                     wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)
