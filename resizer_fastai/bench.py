@@ -133,7 +133,7 @@ def data_table(
 def resizer_bench(
     what:Param('What to time: data', str, nargs='?', opt=False)='data',
     data:str='imagewoof-320', # sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder with train and val
-    size:parse_size=448, # Input size in pixels: one number, or HEIGHTxWIDTH
+    size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
     bs:int=64, # Images in a batch
     limit:int=2048, # Training images
     workers:int=2, # Processes that decode images
@@ -144,9 +144,9 @@ def resizer_bench(
     "Time what this project does beside other ways to do it, in one run"
     if what!='data': raise UsageError(f'what is data: got {what}')
     if epochs<2: raise UsageError(f'epochs is 2 or more, a first one and later ones: got {epochs}')
-    df = bench_data(data, size, bs, limit, workers, epochs)
+    df = bench_data(data, parse_size(size), bs, limit, workers, epochs)
     v = versions()
-    print(f'{data_table(df)}\n\n`resizer_bench data --data {data} --size {"x".join(map(str, L(size, use_list=None)))} --bs {bs} --limit {limit} --workers {workers} --epochs {epochs}` '
+    print(f'{data_table(df)}\n\n`resizer_bench data --data {data} --size {size} --bs {bs} --limit {limit} --workers {workers} --epochs {epochs}` '
           f'on {device_name(default_device())}, {num_cpus()} cores, torch {v["torch"]}, torchvision {v["torchvision"]}, fastai {v["fastai"]}')
     if csv: df.to_csv(csv, index=False)
     return df

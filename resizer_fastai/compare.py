@@ -9,7 +9,7 @@ __all__ = ['paired_interval', 'run_cell', 'results_table', 'runs_table', 'markdo
 # %% ../nbs/05_compare.ipynb #da84b211
 from fastai.vision.all import *
 from scipy import stats
-from .data import UsageError, cli_command
+from .data import UsageError, cli_command, parse_size
 from .resizer import resizer_names
 from .train import resizer_train, run_name, versions
 
@@ -39,6 +39,7 @@ def run_cell(
 ) -> Path: # Folder of the run
     "Train one cell, unless it is there already"
     options = _defaults | options
+    options |= {k: parse_size(options[k]) for k in ('size','out')}
     path = root/run_name(*[options[o] for o in ('data','arch','resizer','seed')])
     run = _read_cell(path)
     if path.exists():

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['sample_bands', 'resize_ways', 'wordnet_names', 'caches', 'UsageError', 'draw_sample', 'get_path', 'read_image',
-           'image_files', 'check_images', 'split_files', 'ReadableSplitter', 'class_name', 'RandomCropFlip', 'HWCImage',
-           'ReadImage', 'ChannelsFirst', 'NormalizeInPlace', 'ImageDL', 'resizer_block', 'ImageRows', 'cache_images',
-           'image_reader', 'get_dls', 'cli_command', 'parse_size', 'folder_report', 'resizer_check']
+           'image_files', 'check_images', 'write_table', 'split_files', 'ReadableSplitter', 'class_name', 'ClassName',
+           'RandomCropFlip', 'HWCImage', 'ReadImage', 'ChannelsFirst', 'NormalizeInPlace', 'ImageDL', 'resizer_block',
+           'ImageRows', 'cache_images', 'image_reader', 'get_dls', 'cli_command', 'parse_size', 'folder_report',
+           'resizer_check']
 
 # %% ../nbs/00_data.ipynb #703d6ccf
 from fastai.vision.all import *
 from fastcore.script import call_parse, is_cli
 from PIL import Image, ImageColor, ImageFile, ImageOps
-from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as tvf2
 from torch.utils.data import default_collate
 from filelock import FileLock
 from collections.abc import Callable
 from contextlib import suppress
+from csv import QUOTE_NONNUMERIC
 from functools import lru_cache, wraps
 from numbers import Integral
 import hashlib, tempfile
@@ -126,7 +127,7 @@ def _rgb(im, background):
     if im.has_transparency_data:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, background), im)
-    return im.convert('RGB')
+    return im if im.mode=='RGB' else im.convert('RGB')
 
 # %% ../nbs/00_data.ipynb #ac10b95d
 def _open(file):
@@ -139,10 +140,7 @@ def _pixels(im, background): return torch.from_numpy(np.array(_rgb(im, backgroun
 
 def _read(file, background=_background):
     "Pixels (H, W, 3) of an image file, and whether it was whole"
-    with _open(file) as im:
-        if im.format=='JPEG' and im.mode=='RGB' and not _turned(im):
-            with suppress(RuntimeError): return decode_jpeg(torch.from_numpy(np.fromfile(file, np.uint8))).permute(1,2,0), True
-        with suppress(Exception): return _pixels(im, background), True
+    with suppress(Exception), _open(file) as im: return _pixels(im, background), True
     strict,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,True
     try:
         with _open(file) as im: return _pixels(im, background), False
@@ -257,6 +255,14 @@ def check_images(
     if todo: _write_json(memo, readable)
     return df
 
+# %% ../nbs/00_data.ipynb #bb459445
+def write_table(
+    df:pd.DataFrame, # With names of files
+    file:str|Path, # CSV
+):
+    "Write `df` so that any file name comes back as it was, with `encoding_errors='surrogateescape'`"
+    df.to_csv(file, index=False, quoting=QUOTE_NONNUMERIC, errors='surrogateescape')
+
 # %% ../nbs/00_data.ipynb #85028125
 def _order(files):
     "`files` in an order that depends on their names alone: by rank within the class (ranked by a hash), then by class"
@@ -324,7 +330,7 @@ class ReadableSplitter:
         more = f' and {len(self.left_out)-10} more' if len(self.left_out)>10 else ''
         return _printable(f'{len(self.left_out)} of {n} images cannot be read and are left out: {", ".join(names)}{more}')
 
-def _printable(s): return os.fsencode(s).decode(errors='replace')
+def _printable(s): return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in s)
 
 # %% ../nbs/00_data.ipynb #cd694cd1
 wordnet_names = dict(
@@ -350,6 +356,11 @@ def class_name(
     name,split = file.parent.name,file.parent.parent
     if noisy and split.name=='train': name = _noisy_labels(split.parent, noisy).get(f'train/{name}/{file.name}', name)
     return wordnet_names.get(name, name)
+
+class ClassName(DisplayedTransform):
+    "`class_name` as a transform"
+    def __init__(self, noisy=None): self.noisy = noisy
+    def encodes(self, file:Path): return class_name(file, self.noisy)
 
 # %% ../nbs/00_data.ipynb #8feb90e5
 def _draw_crops(n, size, min_scale, ratio):
@@ -476,7 +487,7 @@ def resizer_block(
     if noisy not in (None,1,5,25,50): raise UsageError(f'noisy is 1, 5, 25 or 50 percent: got {noisy}')
     if noisy and valid_pct: raise UsageError('noisy and valid_pct exclude each other: validation would have wrong labels too')
     images = TransformBlock(type_tfms=ReadImage(size, resize, background), batch_tfms=[ChannelsFirst(), IntToFloatTensor()], dl_type=ImageDL)
-    return DataBlock(blocks=(images, CategoryBlock), get_items=image_files, get_y=partial(class_name, noisy=noisy),
+    return DataBlock(blocks=(images, CategoryBlock), get_items=image_files, get_y=ClassName(noisy),
                      splitter=ReadableSplitter(valid_pct, limit), batch_tfms=RandomCropFlip(min_scale))
 
 # %% ../nbs/00_data.ipynb #94184043
@@ -545,6 +556,16 @@ def _memory_images(dl, shape, device):
         i += len(x)
     return res
 
+def _pick_memory(cache, n_bytes, device):
+    "Which device keeps `n_bytes` of images: `device`, if that is wanted and leaves a fifth of its free memory, or the CPU"
+    cpu,size = torch.device('cpu'),f'the decoded images take {n_bytes/1e9:.1f} GB'
+    if cache=='device' and device.type!='cpu':
+        free = _free_memory(device)
+        if n_bytes<=0.8*free: return device
+        print(f'note: {size} and {device} has {free/1e9:.1f} GB left, of which a fifth stays free, so they are kept in ram')
+    if n_bytes>(free := _free_memory(cpu)): raise OSError(f'{size} and the memory has {free/1e9:.1f} GB left: take cache disk')
+    return cpu
+
 # %% ../nbs/00_data.ipynb #45129b43
 caches = ('none','disk','ram','device')
 
@@ -557,18 +578,11 @@ def cache_images(
     read = image_reader(dls)
     if not read: raise ValueError('only the DataLoaders of get_dls and resizer_block can be cached')
     shapes = [(len(dl.dataset), *read.size, 3) for dl in dls.loaders]
-    n_bytes,cpu = sum(map(math.prod, shapes)),torch.device('cpu')
-    device = torch.device(ifnone(dls.device, cpu)) if cache=='device' else cpu
-    if device.type!='cpu' and n_bytes>0.8*_free_memory(device):
-        print(f'note: the decoded images take {n_bytes/1e9:.1f} GB and {device} has {_free_memory(device)/1e9:.1f} GB left, so they are kept in ram')
-        device = cpu
-    if cache in ('ram','device') and device.type=='cpu' and n_bytes>_free_memory(cpu):
-        raise OSError(f'the decoded images take {n_bytes/1e9:.1f} GB and the memory has {_free_memory(cpu)/1e9:.1f} GB left: take cache disk')
+    if cache in ('ram','device'): at = _pick_memory(cache, sum(map(math.prod, shapes)), torch.device(ifnone(dls.device, 'cpu')))
     for dl,shape in zip(dls.loaders, shapes):
-        if   cache=='none': images = None
-        elif cache=='disk': images = _disk_images(dl, shape, read)
-        else: images = _memory_images(dl, shape, device)
-        dl.keep(images)
+        if   cache=='none': dl.keep(None)
+        elif cache=='disk': dl.keep(_disk_images(dl, shape, read))
+        else: dl.keep(_memory_images(dl, shape, at))
     return dls
 
 def image_reader(
@@ -674,24 +688,24 @@ def _problems(df, out):
 @cli_command
 def resizer_check(
     data:str, # A folder of images, or sample, imagenette[-320|-160], imagewoof[-320|-160]
-    size:parse_size=448, # Input size in pixels: one number, or HEIGHTxWIDTH
-    out:parse_size=224, # Target size of the resizer
+    size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
+    out:str='224', # Target size of the resizer
     valid_pct:float=None, # Share of each class for validation, in a folder without train and val
     csv:str=None, # Write a row an image to this file
     debug:bool=False, # Show the traceback of an error
 ) -> pd.DataFrame: # From `folder_report`
     "Look at every image of a folder: what cannot be read, what is cut off, too small, or there twice, and what sizes there are"
-    root = get_path(data)
+    root,size,out = get_path(data),min(_hw(parse_size(size))),min(_hw(parse_size(out)))
     df = folder_report(root, valid_pct)
     n = df.split.value_counts()
     print(f'{root}: {len(df)} images of {df.label.nunique()} classes' + ''.join(f', {n[o]} in {o}' for o in ('train','val') if o in n))
-    problems = _problems(df, min(_hw(out)))
+    problems = _problems(df, out)
     print(f'\n{"":28}{"found":>6}  in training')
     for name,count,fate,_ in problems: print(f'{name:28}{count:6}  {fate if count else ""}')
     for name,*_,which in problems:
         if which: print(f'\n{name}:', *map(_printable, which[:10]), *([f'and {len(which)-10} more'] if len(which)>10 else []), sep='\n  ')
-    print(f'\n{_sizes(df[df.pixels!=""], min(_hw(size)))}')
-    if csv: df.to_csv(csv, index=False, errors='surrogateescape')
+    print(f'\n{_sizes(df[df.pixels!=""], size)}')
+    if csv: write_table(df, csv)
     return df
 
 def _sizes(df, size):

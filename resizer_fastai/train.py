@@ -9,7 +9,7 @@ __all__ = ['plain_head', 'recipe_learner', 'MetricsLog', 'data_fingerprint', 'de
 # %% ../nbs/04_train.ipynb #66b62f42
 from fastai.vision.all import *
 from safetensors.torch import save_model as save_safetensors
-from .data import UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size
+from .data import UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
 from .resizer import make_resizer
 from .learner import get_body, pick_precision, precision_cbs, resizer_learner
 from .show import resized_images   # and `Learner.show_resized` with it
@@ -159,8 +159,8 @@ def resizer_train(
     noisy:int=None, # Percentage of wrong labels in training, for Imagenette and Imagewoof: 1, 5, 25 or 50
     arch:str='resnet50', # Body: a torchvision classifier or a fastai xresnet
     resizer:str='learned', # learned, bilinear, antialias, bicubic, none or pil
-    size:parse_size=448, # Input size in pixels: one number, or HEIGHTxWIDTH
-    out:parse_size=224, # Size in pixels that the resizer puts out
+    size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
+    out:str='224', # Size in pixels that the resizer puts out
     resize:str='squish', # How images reach the input size: squish, crop or pad
     epochs:int=20, # Epochs
     lr:float=3e-3, # Highest learning rate of the cycle
@@ -189,7 +189,7 @@ def resizer_train(
     run = describe_run(learn, root, args)
     path.mkdir(parents=True)
     _write_json(path/'run.json', run)
-    if len(learn.dls.left_out): learn.dls.left_out.to_csv(path/'left_out.csv', index=False, errors='surrogateescape')
+    if len(learn.dls.left_out): write_table(learn.dls.left_out, path/'left_out.csv')
     if not (sys.stdout.isatty() or IN_NOTEBOOK):
         learn.remove_cb(ProgressCallback)
         learn.logger = noop
