@@ -5,3 +5,4 @@ from .learner import *
 from .show import *
 from .train import *
 from .compare import *
+from .bench import *

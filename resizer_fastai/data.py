@@ -234,6 +234,12 @@ def _look(file):
     digest = hashlib.blake2b(x.numpy(), digest_size=8, key=str(x.shape).encode())
     return ['' if whole else 'truncated', *x.shape[:2], digest.hexdigest(), '']
 
+def _still_true(found, stamp):
+    "Whether what was `found` of a file holds for one with `stamp`, under Pillow's present limit"
+    if not found or found[0]!=stamp: return False
+    _,height,width,*_ = found[1]
+    return height*width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+
 # %% ../nbs/00_data.ipynb #fe7d452c
 def check_images(
     files:list, # Image files
@@ -245,7 +251,7 @@ def check_images(
     try: known = json.loads(memo.read_text())
     except (OSError, ValueError): known = {}
     names,stamps = _names(files, root),[_stamp(f) for f in files]
-    todo = [i for i,(n,s) in enumerate(zip(names, stamps)) if known.get(n, [None])[0]!=s]
+    todo = [i for i,(n,s) in enumerate(zip(names, stamps)) if not _still_true(known.get(n), s)]
     found = parallel(_look, [files[i] for i in todo], n_workers=min(16, num_cpus()) if len(todo)>64 else 0,
                      chunksize=16, progress=_show_progress(len(todo)))
     known.update({names[i]: [stamps[i], o] for i,o in zip(todo, found)})
@@ -318,12 +324,13 @@ class ReadableSplitter:
     def __init__(self, valid_pct=None, limit=None): store_attr()
 
     def __call__(self, files):
-        split = partial(split_files, files, self.valid_pct, self.limit)
-        df = check_images([files[i] for s in split() for i in s])
+        splits = split_files(files, self.valid_pct, self.limit)
+        df = check_images([files[i] for s in splits for i in s])
         self.left_out = df[df.pixels==''].reset_index(drop=True)
-        if len(self.left_out): print(f'note: {self.describe(len(df))}')
+        if self.left_out.empty: return splits
+        print(f'note: {self.describe(len(df))}')
         bad = set(self.left_out.file)
-        return split({f for f in files if Path(os.path.abspath(f)) in bad}) if bad else split()
+        return split_files(files, self.valid_pct, self.limit, {f for f in files if Path(os.path.abspath(f)) in bad})
 
     def describe(self, n):
         names = [f'{f.parent.name}/{f.name}' for f in self.left_out.file[:10]]
@@ -453,9 +460,9 @@ class ImageDL(TfmdDL):
         "Take batches out of `images`, a uint8 tensor (N, H, W, 3) or `ImageRows`; None for reading files again"
         self.images = images
         if images is None: return
-        self.targs = TensorCategory(torch.stack(list(self.dataset.tls[1])))
+        self.targs = [fa_collate(list(tl)) for tl in self.dataset.tls[1:]]
         if _on_device(images):
-            self.targs = self.targs.to(images.device)
+            self.targs = to_device(self.targs, images.device)
             self.pin_memory = self.fake_l.pin_memory = False
         if _on_device(images) or torch.device(self.device or 'cpu').type=='cpu': self.fake_l.num_workers = 0   # they would only take its time
 
@@ -471,7 +478,7 @@ class ImageDL(TfmdDL):
     def _take(self, idxs):
         if _on_device(self.images): x = self.images[tensor(idxs, device=self.images.device)]
         else: x = default_collate([self.images[i] for i in idxs])
-        return HWCImage(x),self.targs[idxs]
+        return HWCImage(x),*[t[idxs] for t in self.targs]
 
 # %% ../nbs/00_data.ipynb #742763b4
 def resizer_block(

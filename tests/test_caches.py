@@ -34,7 +34,8 @@ def images_in(cache_dir): return sorted(cache_dir.glob('*.images'))
 def test_equal_seeds_give_equal_batches(folder, cache, workers):
     want, dls = batches(loaders(folder)), loaders(folder, cache, workers)
     if cache in ('disk', 'ram'): dls.train.fake_l.num_workers = dls.valid.fake_l.num_workers = workers
-    assert same(batches(dls), want)
+    got = batches(dls)
+    assert same(got, want) and [type(o) for o in got[0]] == [type(o) for o in want[0]]
 
 def test_a_cache_is_written_once_and_read_again(folder, cache_dir, monkeypatch):
     want = batches(loaders(folder, 'disk'))
@@ -191,6 +192,7 @@ def test_a_learner_works_with_every_cache(folder, cache, tmp_path):
     set_seed(1)
     learn = resizer_learner(dls, resnet18, size=16, pretrained=False, path=tmp_path, normalize=True)
     dls.show_batch(max_n=2)
+    dls.show_batch(max_n=2, unique=True)
     with learn.no_bar():
         learn.fit(1)
         preds, targs = learn.get_preds()

@@ -92,7 +92,9 @@ def test_a_decompression_bomb_is_refused_and_the_limit_stays(tmp_path, monkeypat
     with pytest.raises((Image.DecompressionBombWarning, Image.DecompressionBombError)): read_image(tmp_path/'over.png')
     assert Image.MAX_IMAGE_PIXELS == limit
     photo.save(tmp_path/'good.jpg')
+    assert check_images([tmp_path/'good.jpg']).problem[0] == ''
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    assert check_images([tmp_path/'good.jpg']).problem[0] == 'decompression bomb'
     with pytest.raises((Image.DecompressionBombWarning, Image.DecompressionBombError)): read_image(tmp_path/'good.jpg')
 
 # ---------------------------------------------------------------- sizes
