@@ -7,7 +7,6 @@ __all__ = ['imagefolder_loader', 'fastai_loader', 'our_loader', 'time_loader', '
 
 # %% ../nbs/07_bench.ipynb #cdd66deb
 from fastai.vision.all import *
-from fastcore.script import Param
 from PIL import Image
 from .data import NormalizeInPlace, UsageError, cache_images, caches, cli_command, get_path, image_files, parse_size, resizer_block, split_files
 from .train import device_name, versions
@@ -131,7 +130,7 @@ def data_table(
 # %% ../nbs/07_bench.ipynb #6396ad5f
 @cli_command
 def resizer_bench(
-    what:Param('What to time: data', str, nargs='?', opt=False)='data',
+    what:str, # What to time: data
     data:str='imagewoof-320', # sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder with train and val
     size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
     bs:int=64, # Images in a batch

@@ -167,7 +167,7 @@ def resizer_compare(
 ) -> pd.DataFrame: # From `results_table`
     "Train each arm with each seed, everything else equal, and hold the arms against bilinear (or the first one)"
     data = str(data)
-    kwargs.pop('debug', None)   # `cli_command` sees to it
+    kwargs.pop('debug', None)   # `main` sees to it
     arms,seeds = _list(arms, str, 'arms'),_list(seeds, int, 'seeds')
     unknown = [o for o in arms if o not in resizer_names]
     if unknown: raise UsageError(f'no resizer {", ".join(unknown)}: there are {", ".join(resizer_names)}')

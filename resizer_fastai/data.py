@@ -11,7 +11,7 @@ __all__ = ['sample_bands', 'resize_ways', 'wordnet_names', 'caches', 'UsageError
 
 # %% ../nbs/00_data.ipynb #703d6ccf
 from fastai.vision.all import *
-from fastcore.script import call_parse, is_cli
+from fastcore.script import anno_parser
 from PIL import Image, ImageColor, ImageFile, ImageOps
 from torchvision.transforms.v2 import functional as tvf2
 from torch.utils.data import default_collate
@@ -624,21 +624,30 @@ def get_dls(
     return cache_images(dls, cache)
 
 # %% ../nbs/00_data.ipynb #93e086af
+def _spelled(arg, known):
+    "An option the way the parser spells it: `--valid_pct` and `--valid-pct` are the same"
+    name,eq,value = arg.partition('=')
+    for o in (name, f'--{name[2:].replace("_","-")}', f'--{name[2:].replace("-","_")}'):
+        if name.startswith('--') and o in known: return o+eq+value
+    return arg
+
 def cli_command(
     f:Callable, # A function with docments, one of whose parameters is `debug`
-) -> Callable: # A function that reads the command line when it is called by a console script
-    "`call_parse` for a command that answers errors with one sentence, and with a traceback only if `debug`"
-    @wraps(f)
-    def run(*args, **kwargs):
-        if not is_cli(cmd): return f(*args, **kwargs)
-        try: f(*args, **kwargs)
+) -> Callable: # `f`, with a `main` for a console script
+    "Give `f` a `main` that reads the command line, and answers errors with one sentence, or with a traceback if `debug`"
+    def main(argv:list=None):
+        parser = anno_parser(f, prog=f.__name__)
+        known = re.findall(r'--[\w-]+', parser.format_help())
+        args = vars(parser.parse_args([_spelled(o, known) for o in ifnone(argv, sys.argv[1:])]))
+        for o in ('pdb','xtra'): args.pop(o, None)
+        try: f(**args)
         except KeyboardInterrupt: sys.exit(f'{f.__name__}: interrupted')
         except Exception as e:
-            if kwargs.get('debug'): raise
+            if args['debug']: raise
             print(f'{f.__name__}: {str(e) or type(e).__name__}', file=sys.stderr)
             sys.exit(2 if isinstance(e, UsageError) else 1)
-    cmd = call_parse(run)
-    return cmd
+    f.main = main
+    return f
 
 # %% ../nbs/00_data.ipynb #8642eaff
 def parse_size(

@@ -93,9 +93,11 @@ def versions():
                 torchvision=torchvision.__version__, python=platform.python_version())
 
 # %% ../nbs/04_train.ipynb #87bcb242
+def _said(v): return 'x'.join(map(str, v)) if is_listy(v) else str(v)
+
 def _flag(k, v):
     if v is True: return f'--{k}'
-    return f'--{k} ' + ('x'.join(map(str, v)) if is_listy(v) else shlex.quote(str(v)))
+    return f'--{k} {shlex.quote(_said(v))}'
 
 def _command(args): return ' '.join(['resizer_train', *[_flag(k, v) for k,v in args.items() if v is not None and v is not False]])
 
@@ -194,7 +196,7 @@ def resizer_train(
         learn.remove_cb(ProgressCallback)
         learn.logger = noop
     print(f'{path}: {run["data"]["train"]} training and {run["data"]["valid"]} validation images of {len(learn.dls.vocab)} classes, '
-          f'{arch}, {resizer} {dict(pil=out, none=size).get(resizer, f"{size} -> {out}")}, {run["precision"]} on {run["device"]}', flush=True)
+          f'{arch}, {resizer} {dict(pil=_said(out), none=_said(size)).get(resizer, f"{_said(size)} -> {_said(out)}")}, {run["precision"]} on {run["device"]}', flush=True)
     if run['data']['enlarged']>0.5: print(f'note: the short side of the images is {run["data"]["median_short_side"]} pixels at the median, '
                                           f'and {run["data"]["enlarged"]:.0%} of them are enlarged on the way in', flush=True)
     set_seed(seed)
