@@ -3,7 +3,7 @@ import os, struct, zlib
 from collections import Counter
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image, features
 from fastai.vision.all import TensorImage
 from conftest import make_images
@@ -64,9 +64,11 @@ def test_exif_rotation_is_applied(orientation, ending, tmp_path):
     x = read_image(tmp_path/f'x.{ending}')
     assert x.shape == upright.shape and close(x, upright, 12)
 
-def test_broken_exif_does_not_matter(tmp_path):
-    photo.save(tmp_path/'x.jpg', exif=b'Exif\0\0garbage that is no TIFF header')
-    assert close(read_image(tmp_path/'x.jpg'), upright, 12)
+@pytest.mark.parametrize('ending', ['jpg', 'png'])
+def test_broken_exif_does_not_matter(ending, tmp_path):
+    photo.save(tmp_path/f'x.{ending}', exif=b'Exif\0\0garbage that is no TIFF header')
+    assert close(read_image(tmp_path/f'x.{ending}'), upright, 12)
+    assert check_images([tmp_path/f'x.{ending}']).problem[0] == ''
 
 @pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tif', 'bmp'])
 def test_truncated_files(ending, tmp_path):
@@ -103,6 +105,9 @@ sides = st.integers(1, 90)
 
 @settings(max_examples=60, deadline=None)
 @given(w=sides, h=sides, size=st.tuples(sides, sides), way=st.sampled_from(sorted(resize_ways)))
+@example(w=1, h=90, size=(1, 90), way='crop')
+@example(w=90, h=1, size=(90, 1), way='crop')
+@example(w=90, h=1, size=(10, 10), way='pad')
 def test_every_size_reaches_every_size(w, h, size, way):
     colour = (200, 30, 60)
     x = read_image(Image.new('RGB', (w, h), colour), size, way, background='black')

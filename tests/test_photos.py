@@ -25,7 +25,8 @@ def test_two_workers_give_the_same_batches_as_none(photos):
     batch = lambda n: get_dls(photos, size=64, bs=8, limit=16, num_workers=n).valid.one_batch()
     for a, b in zip(batch(0), batch(2)): assert torch.equal(a, b)
 
-def test_check_finds_the_pairs_that_the_set_is_known_for(photos):
+def test_check_finds_the_pairs_that_the_set_is_known_for(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv('RESIZER_CACHE', str(tmp_path))
     files = [p for p in (photos/s for s in ('train', 'val')) for p in p.rglob('*.JPEG')]
     pairs = [{'n02093754_5915', 'n02086240_9520'}, {'n02087394_12539', 'n02089973_2860'}, {'n02093754_4120', 'n02096294_1992'}]
     here = [p for p in pairs if p <= {f.stem for f in files}]
