@@ -188,17 +188,24 @@ def read_image(
     return x if size is None else resize_ways[resize](x.permute(2,0,1), _hw(size), background).permute(1,2,0).contiguous()
 
 # %% ../nbs/00_data.ipynb #abe88068
+def _folders(path):
+    "Folders under `path` and the names of their files: real folders first, then those that only links lead to, each once"
+    seen,links = set(),[path]
+    for link in links:
+        for folder,folders,names in os.walk(link):
+            real = os.path.realpath(folder)
+            folders[:] = [] if real in seen else sorted(o for o in folders if not o.startswith('.'))
+            links += [o for f in folders if os.path.islink(o := os.path.join(folder, f))]
+            if real not in seen: yield folder,names
+            seen.add(real)
+
 def image_files(
     path:str|Path, # Folder
 ) -> L: # Sorted; FileNotFoundError if there are none
     "Image files under `path`"
     endings = {e for e,f in Image.registered_extensions().items() if f in Image.OPEN and Image.MIME.get(f, '').startswith('image/')}
-    files,seen = [],set()
-    for folder,folders,names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(o for o in folders if not o.startswith('.'))
-        if real not in seen: files += [Path(folder)/o for o in names if not o.startswith('.') and Path(o).suffix.lower() in endings]
-        seen.add(real)
+    files = [Path(folder)/o for folder,names in _folders(path) for o in names
+             if not o.startswith('.') and Path(o).suffix.lower() in endings]
     if not files: raise FileNotFoundError(f'no images under {path}')
     return L(sorted(files))
 
@@ -207,7 +214,7 @@ def _cache_dir():
     "Where checks and decoded images are kept: $RESIZER_CACHE, or `resizer_cache` beside fastai's data sets"
     path = Path(os.environ.get('RESIZER_CACHE') or fastai_path('data')/'resizer_cache')
     path.mkdir(parents=True, exist_ok=True)
-    return path
+    return path.absolute()
 
 def _write_json(file, d):
     "Write a whole file or none"
@@ -515,8 +522,7 @@ def _decode_all(dl):
 def _key(files, read):
     "What the decoded `files` depend on, as 64 hexadecimal digits"
     files = [Path(os.path.abspath(f)) for f in files]
-    names = _names(files, os.path.commonpath([f.parent for f in files]))
-    return hashlib.sha256(json.dumps([names, [_stamp(f) for f in files], read.size, read.resize, read.background, 1]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([list(map(str, files)), [_stamp(f) for f in files], read.size, read.resize, read.background, 1]).encode()).hexdigest()
 
 def _is_whole(file, n_bytes, key):
     "Whether `file` has the right length and ends in its key"
@@ -688,7 +694,7 @@ def _across(g): return {'train','val'}<=set(g.split)
 
 def _problems(df, out):
     "What may be wrong: name, number, what training does about it, and the files (or classes) to name"
-    groups,sides = _duplicates(df),{o: set(df[df.split==o].label) for o in ('train','val')}
+    groups,sides = _duplicates(df),{o: set(df[(df.split==o) & (df.pixels!='')].label) for o in ('train','val')}
     across,mixed = L(groups).filter(_across),L(groups).filter(lambda g: g.label.nunique()>1)
     tell = lambda g: ' = '.join(g.file) + (' (train and val)' if _across(g) else '')
     small = (df.pixels!='') & (df[['height','width']].min(axis=1)<out)

@@ -68,14 +68,14 @@ def data_fingerprint(
 ) -> str: # 16 hexadecimal digits
     "A hash of the files' relative names and sizes, in order: two runs with the same one saw the same data"
     lines = '\n'.join(f'{f.relative_to(root).as_posix()} {f.stat().st_size}' for f in files)
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+    return hashlib.sha256(lines.encode(errors='surrogateescape')).hexdigest()[:16]
 
 # %% ../nbs/04_train.ipynb #16b819c5
 def device_name(
     device:torch.device,
 ) -> str:
     "What `device` is, for people"
-    if device.type=='cuda': return torch.cuda.getdevice_name(device)
+    if device.type=='cuda': return torch.cuda.get_device_name(device)
     cpu = getattr(torch.cpu, 'get_capabilities', dict)().get('cpu_name') or platform.machine()
     return f'{cpu}, {torch.get_num_threads()} threads'
 
@@ -108,7 +108,7 @@ def describe_run(
 ) -> dict: # For `run.json`
     "What has to be known to do a run again"
     train,valid = learn.dls.train_ds.items,learn.dls.valid_ds.items
-    sides = check_images(train)[['height','width']].min(axis=1)
+    sides = check_images([*train, *valid])[['height','width']][:len(train)].min(axis=1)
     input_size = min(_hw(args['out' if args['resizer']=='pil' else 'size']))
     return dict(command=_command(args), args=args, device=device_name(learn.dls.device),
                 precision=pick_precision(args['precision'], learn.dls.device),
@@ -186,6 +186,7 @@ def resizer_train(
     path = Path(runs)/(name or run_name(data, arch, resizer, seed))
     if path.exists(): raise UsageError(f'{path} exists: give the run another --name, or remove that folder')
     root,log = get_path(data),MetricsLog()
+    if path.resolve().is_relative_to(root.resolve()): raise UsageError(f'{path} would lie in the data, {root}: give another folder for the --runs')
     learn = recipe_learner(data, arch, resizer, size, out, seed, pretrained, precision, path, log,
                            bs=bs, limit=limit, valid_pct=valid_pct, noisy=noisy, resize=resize, cache=cache, num_workers=workers)
     run = describe_run(learn, root, args)

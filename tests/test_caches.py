@@ -58,6 +58,17 @@ def test_a_changed_file_makes_another_cache(tmp_path, cache_dir):
     assert same(batches(loaders(root, 'disk')), batches(loaders(root)))
     assert len(images_in(cache_dir)) == 3   # validation has not changed
 
+def test_the_same_names_in_another_folder_make_another_cache(tmp_path):
+    from PIL import Image
+    for grey in (10, 200):
+        for name in [f'{s}/{c}/{i}.bmp' for s in ('train', 'val') for c in 'ab' for i in range(4)]:
+            file = tmp_path/f'set-{grey}'/name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (20, 20), (grey,)*3).save(file)
+            os.utime(file, (1e9, 1e9))
+        x, _ = loaders(tmp_path/f'set-{grey}', 'disk').valid.one_batch()
+        assert torch.allclose(x, torch.full_like(x, grey/255))
+
 def cut(f): f.write_bytes(f.read_bytes()[:-1000])
 def foreign(f): f.write_bytes(b'x'*f.stat().st_size)
 def half(f): f.write_bytes(f.read_bytes()[:f.stat().st_size//2].ljust(f.stat().st_size, b'\0'))

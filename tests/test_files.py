@@ -155,6 +155,12 @@ def test_hidden_files_and_loops(tmp_path):
     make_images(tmp_path/'elsewhere', ['6.png'])
     assert [f.relative_to(root).as_posix() for f in image_files(root)] == ['train/a/1.png', 'train/b/5.PNG', 'train/c/6.png']
 
+def test_a_real_folder_wins_over_a_link_to_it(tmp_path):
+    root = make_images(tmp_path, [f'{c}/1.png' for c in ('a', 'b', 'cat')])
+    (root/'a'/'sib').symlink_to('../b')
+    (root/'alias').symlink_to('cat')
+    assert [f.parent.name for f in image_files(root)] == ['a', 'b', 'cat']
+
 # ---------------------------------------------------------------- bad files in training
 
 @pytest.fixture
@@ -179,6 +185,19 @@ def test_bad_files_stop_nothing_and_are_named(messy, shell, tmp_path):
     left = pd.read_csv(tmp_path/'runs'/'run'/'left_out.csv')
     assert sorted(Path(f).name for f in left.file) == ['empty.png', 'gone.png', 'text.jpg'] and left.error.str.len().min() > 5
     assert listing(messy) == before
+
+def test_runs_do_not_go_into_the_data(messy, shell):
+    before = listing(messy)
+    res = shell('resizer_train', '--data', messy, '--arch', 'resnet18', '--size', 32, '--out', 16, '--runs', messy/'runs')
+    assert res.returncode == 2 and 'would lie in the data' in res.stderr and len(res.stderr.splitlines()) == 1
+    assert listing(messy) == before
+
+def test_names_that_are_no_text_are_trained_on(messy, shell, tmp_path):
+    try: os.rename(messy/'train'/'cat'/'0.png', os.fsencode(messy/'train'/'cat')+b'/\xff.png')
+    except OSError: pytest.skip('this file system wants text')
+    res = shell('resizer_train', '--data', messy, '--arch', 'resnet18', '--size', 32, '--out', 16, '--epochs', 1, '--bs', 4, '--workers', 0, '--cache', 'disk', '--name', 'run')
+    assert res.returncode == 0, res.stderr
+    assert (tmp_path/'runs'/'run'/'preds.npz').exists()
 
 def test_the_first_ten_are_named_and_the_rest_counted(tmp_path, capsys):
     root = make_images(tmp_path, [f'{c}/{i}.png' for c in ('cat', 'dog') for i in range(3)])
