@@ -311,12 +311,13 @@ def split_files(
     files:list, # Image files, each in a folder named after its class
     valid_pct:float=None, # Share of each class that is kept for validation; by default the folders `train` and `val` (or `valid`) decide
     limit:int=None, # Take this many images of each split, balanced over the classes
-    leave_out:list=(), # Files to leave out of what would be taken
+    leave_out:set=frozenset(), # Files to pass over
 ) -> tuple: # Indices into `files`: training, validation
     "Split image files into training and validation, by folder or by share, the same way on every machine"
     if limit is not None and limit<1: raise UsageError(f'limit is a number of images, 1 or more: got {limit}')
-    splits = _split_folders(files) if valid_pct is None else _split_pct(files, valid_pct)
-    train,valid = splits = [[f for f in _order(s)[:limit] if f not in leave_out] for s in splits]
+    kept = [f for f in files if f not in leave_out]
+    splits = _split_folders(kept) if valid_pct is None else _split_pct(kept, valid_pct)
+    train,valid = splits = [_order(s)[:limit] for s in splits]
     classes,unseen = {f.parent.name for f in train},{f.parent.name for f in valid}-{f.parent.name for f in train}
     if len(classes)<2: raise ValueError(f'a classifier needs two classes or more: the training images of {os.path.commonpath(files)} '
                                         f'have {", ".join(sorted(classes)) or "none"}')
@@ -331,13 +332,17 @@ class ReadableSplitter:
     def __init__(self, valid_pct=None, limit=None): store_attr()
 
     def __call__(self, files):
-        splits = split_files(files, self.valid_pct, self.limit)
-        df = check_images([files[i] for s in splits for i in s])
-        self.left_out = df[df.pixels==''].reset_index(drop=True)
-        if self.left_out.empty: return splits
-        print(f'note: {self.describe(len(df))}')
-        bad = set(self.left_out.file)
-        return split_files(files, self.valid_pct, self.limit, {f for f in files if Path(os.path.abspath(f)) in bad})
+        self.left_out,bad,at = pd.DataFrame(),set(),{Path(os.path.abspath(f)):f for f in files}
+        try:
+            while True:
+                splits = split_files(files, self.valid_pct, self.limit, bad)
+                df = check_images([files[i] for s in splits for i in s])
+                new = df[df.pixels=='']
+                self.left_out = pd.concat([self.left_out, new], ignore_index=True)
+                if new.empty: return splits
+                bad |= {at[f] for f in new.file}
+        finally:
+            if len(self.left_out): print(f'note: {self.describe(len(df)-len(new)+len(self.left_out))}')
 
     def describe(self, n):
         names = [f'{f.parent.name}/{f.name}' for f in self.left_out.file[:10]]

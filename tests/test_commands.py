@@ -117,3 +117,9 @@ def test_compare_removes_no_folder_but_its_own(shell, tmp_path):
     (theirs/'thesis.txt').write_text('years of work')
     check_one_sentence(shell('resizer_compare', '--data', 'sample', '--limit', 20, *small), 2, 'no run of this project')
     assert (theirs/'thesis.txt').exists()
+
+def test_the_name_of_a_gpu(monkeypatch):
+    import torch
+    from resizer_fastai.train import device_name
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d: 'a GPU')
+    assert device_name(torch.device('cuda')) == 'a GPU'

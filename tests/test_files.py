@@ -186,6 +186,15 @@ def test_bad_files_stop_nothing_and_are_named(messy, shell, tmp_path):
     assert sorted(Path(f).name for f in left.file) == ['empty.png', 'gone.png', 'text.jpg'] and left.error.str.len().min() > 5
     assert listing(messy) == before
 
+def test_a_class_is_split_over_what_can_be_read(tmp_path, capsys):
+    root = make_images(tmp_path, [f'{c}/{i}.png' for c in ('a', 'b', 'c') for i in range(4)])
+    for i in range(4):
+        for bad in {0, 1, 2, 3} - {i, (i+1) % 4}: (root/'c'/f'{bad}.png').write_text('no image')
+        for good in (i, (i+1) % 4): make_images(root, [f'c/{good}.png'])
+        dls = get_dls(root, size=16, bs=2, valid_pct=0.3, num_workers=0)
+        counts = [sum(f.parent.name == 'c' for f in d.items) for d in dls.loaders]
+        assert counts == [1, 1] and '2 of 12 images' in capsys.readouterr().out
+
 def test_runs_do_not_go_into_the_data(messy, shell):
     before = listing(messy)
     res = shell('resizer_train', '--data', messy, '--arch', 'resnet18', '--size', 32, '--out', 16, '--runs', messy/'runs')
