@@ -120,10 +120,16 @@ def _turned(im):
     try: return im.getexif().get(0x0112, 1)!=1
     except Exception: return False
 
+def _to_bytes(im):
+    "A grey image of more than 8 bits as one of 8: the largest value is 1 for floats that stay under it, else 255 or 65535"
+    x = np.asarray(im).astype(float)
+    top = 65535 if x.max()>255 or im.mode.startswith('I;16') else 1 if im.mode=='F' and x.max()<=1 else 255
+    return Image.fromarray((x*255/top).round().clip(0, 255).astype(np.uint8))
+
 def _rgb(im, background):
     "An opened image, upright and in RGB"
     if _turned(im): im = ImageOps.exif_transpose(im)
-    if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im)>>8).astype(np.uint8))
+    if im.mode[0] in 'IF': im = _to_bytes(im)
     if im.has_transparency_data:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, background), im)
@@ -171,12 +177,14 @@ def _hw(size):
 
 def _colour(o):
     "A colour as (red, green, blue)"
-    try: return tuple(ImageColor.getrgb(o)[:3]) if isinstance(o, str) else tuple(map(int, o))
-    except ValueError: raise UsageError(f'background is a colour such as white or (255, 255, 255): got {o}') from None
+    try: rgb = tuple(ImageColor.getrgb(o)[:3]) if isinstance(o, str) else tuple(map(int, o))
+    except (TypeError, ValueError): rgb = ()
+    if len(rgb)!=3 or not all(0<=c<=255 for c in rgb): raise UsageError(f'background is a colour such as white or (255, 255, 255): got {o}')
+    return rgb
 
 # %% ../nbs/00_data.ipynb #f9ee6719
 def read_image(
-    o, # A file name, a PIL image, or a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4)
+    o, # A file name, the bytes of a file, a PIL image, or a uint8 array or tensor of shape (H, W), (H, W, 3) or (H, W, 4)
     size:int|tuple=None, # In pixels: a number, or (height, width); by default that of the image
     resize:str='squish', # How it reaches `size`: 'squish', 'crop' the largest centred box of that shape, or 'pad' with `background`
     background:tuple|str=_background, # Colour (red, green, blue), 0 to 255, or a name that Pillow knows
@@ -184,7 +192,9 @@ def read_image(
     "Any image as upright RGB, at `size`; OSError for what cannot be read"
     background = _colour(background)
     if isinstance(o, (str,Path)): x,_ = _read(o, background)
-    else: x = _pixels(o if isinstance(o, Image.Image) else Image.fromarray(np.asarray(o)), background)
+    else:
+        if isinstance(o, bytes): o = _open(io.BytesIO(o))
+        x = _pixels(o if isinstance(o, Image.Image) else Image.fromarray(np.asarray(o)), background)
     return x if size is None else resize_ways[resize](x.permute(2,0,1), _hw(size), background).permute(1,2,0).contiguous()
 
 # %% ../nbs/00_data.ipynb #abe88068
@@ -441,7 +451,7 @@ class HWCImage(TensorBase):
 
 class ReadImage(DisplayedTransform):
     "`read_image` as a transform"
-    input_types = (Path, str, Image.Image, np.ndarray)
+    input_types = (Path, str, bytes, Image.Image, np.ndarray, Tensor)
     def __init__(self, size, resize='squish', background=_background):
         self.size,self.resize,self.background = _hw(size),resize,_colour(background)
         if resize not in resize_ways: raise UsageError(f'resize is one of {", ".join(resize_ways)}: got {resize}')

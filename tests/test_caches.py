@@ -209,7 +209,7 @@ def test_a_learner_works_with_every_cache(folder, cache, tmp_path):
         preds, targs = learn.get_preds()
         again, _ = learn.get_preds(dl=dls.test_dl(dls.valid_ds.items, num_workers=0))
         files = dls.valid_ds.items
-        outs = [learn.predict(o)[2] for o in (files[0], str(files[0]), PILImage.create(files[0]))]
+        outs = [learn.predict(o)[2] for o in (files[0], str(files[0]), files[0].read_bytes(), PILImage.create(files[0]))]
         learn.show_results(max_n=2)
         interp = ClassificationInterpretation.from_learner(learn)
         interp.plot_top_losses(2)
