@@ -8,7 +8,7 @@ __all__ = ['imagefolder_loader', 'fastai_loader', 'our_loader', 'time_loader', '
 # %% ../nbs/07_bench.ipynb #cdd66deb
 from fastai.vision.all import *
 from PIL import Image
-from .data import NormalizeInPlace, UsageError, cache_images, caches, cli_command, get_path, image_files, parse_size, resizer_block, split_files
+from .data import NormalizeInPlace, ReadableSplitter, UsageError, cache_images, caches, cli_command, get_path, image_files, parse_size, resizer_block
 from .train import device_name, versions
 from .compare import markdown_rows
 from torchvision import transforms
@@ -93,7 +93,8 @@ def bench_data(
 ) -> pd.DataFrame: # A row a way
     "Time ways of loading the same images"
     files,hw = image_files(get_path(data)),list(size) if is_listy(size) else [size,size]
-    train,valid = [files[o] for o in split_files(files, limit=limit)]
+    if bs<1 or workers<0: raise UsageError(f'bs is 1 or more and workers 0 or more: got {bs} and {workers}')
+    train,valid = [files[o] for o in ReadableSplitter(limit=limit)(files)]
     if len(train)<bs: raise UsageError(f'{len(train)} training images are no batch of {bs}')
     makers = dict(ImageFolder=lambda: imagefolder_loader(train, hw, bs, workers), fastai=lambda: fastai_loader(train+valid[:1], hw, bs, workers),
                   **{o: partial(our_loader, train+valid[:1], hw, bs, workers, o) for o in caches})

@@ -108,7 +108,7 @@ def get_path(
     "The folder that a data set lies in: `sample` is drawn and fastai's sets are downloaded on first use"
     if str(data)=='sample': return _sample_path()
     if str(data) in _urls: return _fetch(str(data))
-    path = Path(data).expanduser()
+    path = Path(data).expanduser().absolute()
     if not path.is_dir(): raise FileNotFoundError(f'{data} is neither a folder nor one of sample, {", ".join(_urls)}')
     return path
 
@@ -200,7 +200,7 @@ def read_image(
 # %% ../nbs/00_data.ipynb #abe88068
 def _folders(path):
     "Folders under `path` and the names of their files: real folders first, then those that only links lead to, each once"
-    seen,links = set(),[path]
+    seen,links = set(),[os.path.abspath(path)]
     for link in links:
         for folder,folders,names in os.walk(link):
             real = os.path.realpath(folder)
@@ -297,6 +297,8 @@ def _order(files):
 def _split_pct(files, valid_pct):
     "Split `files` into training and validation, `valid_pct` of each class for validation and at least one for each"
     if not 0<valid_pct<1: raise UsageError(f'valid_pct is a share of the images, between 0 and 1: got {valid_pct}')
+    root = Path(os.path.commonpath([f.parent for f in files]))
+    files = [f for f in files if f.parent!=root] or files   # images beside the folders of the classes have no class
     n = Counter(f.parent.name for f in files)
     n_valid = {c: min(max(round(k*valid_pct), 1), k-1) for c,k in n.items()}
     seen = Counter()
@@ -343,6 +345,8 @@ class ReadableSplitter:
 
     def __call__(self, files):
         self.left_out,bad,at = pd.DataFrame(),set(),{Path(os.path.abspath(f)):f for f in files}
+        over = len(files)-sum(map(len, split_files(files, self.valid_pct)))
+        if over: print(f'note: {over} of {len(files)} images are in no folder of a class of {"a split" if self.valid_pct is None else "the folder"} and are passed over')
         try:
             while True:
                 splits = split_files(files, self.valid_pct, self.limit, bad)
@@ -692,7 +696,7 @@ def folder_report(
     valid_pct:float=None, # As for `split_files`
 ) -> pd.DataFrame: # What `check_images` says, `split` ('train', 'val' or ''), `label`, and `same_as`, the first file with the same pixels
     "What is to be known of every image in a folder"
-    files = image_files(root)
+    root,files = Path(root).absolute(),image_files(root)
     df = check_images(files)
     try: splits = _split_folders(files) if valid_pct is None else _split_pct(files, valid_pct)
     except ValueError as e:
@@ -732,10 +736,11 @@ def resizer_check(
     debug:bool=False, # Show the traceback of an error
 ) -> pd.DataFrame: # From `folder_report`
     "Look at every image of a folder: what cannot be read, what is cut off, too small, or there twice, and what sizes there are"
+    if csv and not Path(csv).absolute().parent.is_dir(): raise UsageError(f'no folder for {csv}')
     root,size,out = get_path(data),min(_hw(parse_size(size))),min(_hw(parse_size(out)))
     df = folder_report(root, valid_pct)
     n = df.split.value_counts()
-    print(f'{root}: {len(df)} images of {df.label.nunique()} classes' + ''.join(f', {n[o]} in {o}' for o in ('train','val') if o in n))
+    print(f'{root}: {len(df)} images of {df.label.nunique()} classes' + ''.join(f', {n[o]} in {o or "neither"}' for o in ('train','val','') if o in n and len(n)>1))
     problems = _problems(df, out)
     print(f'\n{"":28}{"found":>6}  in training')
     for name,count,fate,_ in problems: print(f'{name:28}{count:6}  {fate if count else ""}')

@@ -195,6 +195,23 @@ def test_a_class_is_split_over_what_can_be_read(tmp_path, capsys):
         counts = [sum(f.parent.name == 'c' for f in d.items) for d in dls.loaders]
         assert counts == [1, 1] and '2 of 12 images' in capsys.readouterr().out
 
+def test_images_beside_the_classes_are_passed_over(tmp_path, monkeypatch, capsys):
+    root = make_images(tmp_path, ['stray.png', *[f'{c}/{i}.png' for c in 'ab' for i in range(4)]])
+    monkeypatch.chdir(root)
+    for where in ('.', root):
+        dls = get_dls(where, size=16, bs=2, valid_pct=0.3, num_workers=0)
+        assert list(dls.vocab) == ['a', 'b'] and '1 of 9 images are in no folder' in capsys.readouterr().out
+    dls = get_dls('.', size=16, bs=2, valid_pct=0.3, num_workers=0)
+    monkeypatch.chdir('/')
+    assert len(dls.valid.one_batch()[0]) == 2
+
+def test_images_at_another_depth_are_passed_over(messy, capsys):
+    make_images(messy, ['train/cat/more/1.png', 'test/cat/2.png', 'valid/cat/3.png'])
+    dls = get_dls(messy, size=16, bs=2, num_workers=0)
+    assert '3 of 27 images are in no folder' in capsys.readouterr().out and list(dls.vocab) == ['cat', 'dog']
+    resizer_check(messy)
+    assert '3 in neither' in capsys.readouterr().out
+
 def test_runs_do_not_go_into_the_data(messy, shell):
     before = listing(messy)
     res = shell('resizer_train', '--data', messy, '--arch', 'resnet18', '--size', 32, '--out', 16, '--runs', messy/'runs')
