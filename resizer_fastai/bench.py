@@ -49,10 +49,14 @@ def our_loader(files, size, bs, workers, cache):
 
 # %% ../nbs/07_bench.ipynb #7cbe4d7d
 def _memory():
-    "Bytes of memory that this process and its workers take up, shared pages counted once; None where that cannot be told"
-    pids = [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
-    try: return 1024*sum(int(re.search(r'^Pss:\s+(\d+)', Path(f'/proc/{p}/smaps_rollup').read_text(), re.M)[1]) for p in pids)
+    "Bytes of memory that this process and its workers take up, without their code and shared pages once; None where that cannot be told"
+    pids,kb = [os.getpid(), *(p.pid for p in multiprocessing.active_children())],0
+    try:
+        for line in (o for p in pids for o in Path(f'/proc/{p}/smaps').read_text(errors='replace').splitlines()):
+            if line[0] in '0123456789abcdef': is_data = '.so' not in line
+            elif is_data and line.startswith('Pss:'): kb += int(line.split()[1])
     except OSError: return None
+    return 1024*kb
 
 def _epoch(dl, size):
     "Images, and most memory, of one pass over `dl`"

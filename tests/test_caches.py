@@ -160,7 +160,7 @@ for x, y in dls.train.new(after_batch=[]): most = max(most, _memory())
 print(most)
 '''
 
-@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='memory is read from Linux')
+@pytest.mark.skipif(not Path('/proc/self/smaps').exists(), reason='memory is read from Linux')
 def test_memory_does_not_grow_with_the_number_of_images_on_disk(tmp_path, cache_dir):
     from PIL import Image
     def megabytes(n, cache, workers):
