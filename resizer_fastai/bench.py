@@ -8,12 +8,12 @@ __all__ = ['imagefolder_loader', 'fastai_loader', 'our_loader', 'time_loader', '
 # %% ../nbs/07_bench.ipynb #cdd66deb
 from fastai.vision.all import *
 from PIL import Image
-from .data import NormalizeInPlace, ReadableSplitter, UsageError, cache_images, caches, cli_command, get_path, image_files, parse_size, resizer_block
+from .data import NormalizeInPlace, ReadableSplitter, UsageError, _hw, cache_images, caches, cli_command, get_path, image_files, parse_size, resizer_block
 from .train import device_name, versions
 from .compare import markdown_rows
 from torchvision import transforms
 from collections.abc import Callable
-from contextlib import contextmanager
+from unittest import mock
 import gc, multiprocessing, tempfile, torchvision
 
 # %% ../nbs/07_bench.ipynb #09d2750e
@@ -96,7 +96,7 @@ def bench_data(
     ways:tuple=('ImageFolder','fastai',*caches), # Which ways of loading
 ) -> pd.DataFrame: # A row a way
     "Time ways of loading the same images"
-    files,hw = image_files(get_path(data)),list(size) if is_listy(size) else [size,size]
+    files,hw = image_files(get_path(data)),_hw(size)
     if bs<1 or workers<0: raise UsageError(f'bs is 1 or more and workers 0 or more: got {bs} and {workers}')
     train,valid = [files[o] for o in ReadableSplitter(limit=limit)(files)]
     if len(train)<bs: raise UsageError(f'{len(train)} training images are no batch of {bs}')
@@ -104,21 +104,12 @@ def bench_data(
                   **{o: partial(our_loader, train+valid[:1], hw, bs, workers, o) for o in caches})
     rows = []
     for way in ways:
-        with tempfile.TemporaryDirectory() as tmp, _environ(RESIZER_CACHE=tmp):
+        with tempfile.TemporaryDirectory() as tmp, mock.patch.dict(os.environ, RESIZER_CACHE=tmp):
             set_seed(0)
             rows.append(dict(way=way) | time_loader(makers[way], hw, epochs))
             print('.', end='', flush=True)
     print()
     return pd.DataFrame(rows)
-
-@contextmanager
-def _environ(**kwargs):
-    "Environment variables for a while"
-    old = {k: os.environ.get(k) for k in kwargs}
-    os.environ.update(kwargs)
-    try: yield
-    finally:
-        for k,v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k:v})
 
 # %% ../nbs/07_bench.ipynb #fb71fcde
 def data_table(

@@ -14,12 +14,11 @@ from fastai.vision.all import *
 from fastcore.script import anno_parser
 from PIL import Image, ImageColor, ImageFile, ImageOps
 from torchvision.transforms.v2 import functional as tvf2
-from torch.utils.data import default_collate
 from filelock import FileLock
 from collections.abc import Callable
 from contextlib import suppress
 from csv import QUOTE_NONNUMERIC
-from functools import lru_cache, wraps
+from functools import lru_cache
 from numbers import Integral
 import hashlib, tempfile
 
@@ -503,7 +502,7 @@ class ImageDL(TfmdDL):
 
     def _take(self, idxs):
         if _on_device(self.images): x = self.images[tensor(idxs, device=self.images.device)]
-        else: x = default_collate([self.images[i] for i in idxs])
+        else: x = fa_collate([self.images[i] for i in idxs])
         return HWCImage(x),*[t[idxs] for t in self.targs]
 
 # %% ../nbs/00_data.ipynb #742763b4

@@ -245,6 +245,11 @@ def test_check_command(messy, shell, tmp_path):
         res = shell('resizer_check', *args)
         assert res.returncode == code and 'Traceback' not in res.stderr and res.stderr
 
+def test_check_counts_a_class_by_what_can_be_read(messy, capsys):
+    for f in (messy/'train'/'cat').iterdir(): f.write_text('no image')
+    resizer_check(messy)
+    assert 'classes not in train             1  an error' in capsys.readouterr().out
+
 def test_a_changed_file_is_looked_at_again(tmp_path):
     root = make_images(tmp_path, ['a/1.png', 'a/2.png'])
     files = image_files(root)
