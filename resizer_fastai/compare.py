@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['paired_interval', 'run_cell', 'results_table', 'runs_table', 'markdown_rows', 'markdown_table', 'explain_difference',
-           'resizer_compare']
+           'transfer_resizer', 'resizer_compare']
 
 # %% ../nbs/05_compare.ipynb #da84b211
 from fastai.vision.all import *
 from scipy import stats
 from .data import UsageError, cli_command, parse_size
-from .resizer import resizer_names
-from .train import resizer_train, run_name, versions
+from .resizer import make_resizer, resizer_names
+from .learner import Frozen
+from .train import recipe_learner, resizer_train, run_name, versions
 
 # %% ../nbs/05_compare.ipynb #c106d16d
 def paired_interval(
@@ -145,6 +146,38 @@ def explain_difference(
     tail = 'the interval leaves zero out, so this is more than chance'
     return head + tail + ('.' if row.seeds>1 else ' on these images; other seeds may differ, see --seeds.')
 
+# %% ../nbs/05_compare.ipynb #048150bb
+def transfer_resizer(
+    data:str|Path='sample', # As for `get_path`
+    source:str='resnet18', # Body that the resizer is trained with first
+    target:str='xresnet18', # Body that it is then put in front of
+    epochs:int=6, # Epochs from random weights
+    more:int=2, # Epochs after the resizer was put there
+    lr:float=3e-3, # Highest learning rate of each cycle
+    seed:int=0, # Of everything that is random
+    frozen:tuple=(), # Parts that stand still in the epochs after, as for `Frozen`
+    **kwargs # For `recipe_learner`
+) -> pd.DataFrame: # A row for each resizer in front of `target`: accuracy in percent `before` and `after` those epochs
+    "Train a resizer with one body and try it with another, beside the controls"
+    def made(arch, resizer): return recipe_learner(data, arch, resizer, seed=seed, **kwargs)
+    def fitted(learn, n, **kw):
+        set_seed(seed)
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, lr, **kw)
+        return learn
+    def accuracy(learn):
+        with learn.no_bar(): return 100*learn.validate()[1]
+    other,plain = fitted(made(source, 'learned'), epochs),fitted(made(target, 'bilinear'), epochs)
+    def put(resizer):
+        learn = made(target, 'bilinear')
+        learn.model.load_state_dict(plain.model.state_dict())
+        learn.resizer = deepcopy(resizer)
+        before = accuracy(learn)
+        return before, accuracy(fitted(learn, more, cbs=Frozen(*frozen) if frozen else None))
+    new = make_resizer('learned', plain.resizer.size, zero_init=True)
+    rows = {'bilinear': put(plain.resizer), f"{source}'s": put(other.resizer), 'a new one': put(new),
+            'its own from the beginning': (accuracy(fitted(made(target, 'learned'), epochs)), math.nan)}
+    return pd.DataFrame([dict(resizer=k, seed=seed, before=b, after=a) for k,(b,a) in rows.items()])
+
 # %% ../nbs/05_compare.ipynb #b5aa5d59
 def _list(s, kind, what):
     "The values in the comma-separated `s`"
@@ -157,10 +190,10 @@ def _list(s, kind, what):
 @cli_command
 @delegates(resizer_train, but=['resizer','seed'])
 def resizer_compare(
-    arms:str='bilinear,learned', # Resizers, with commas: learned, bilinear, antialias, bicubic, none, pil
+    arms:str='bilinear,learned', # Resizers, with commas: learned, muller, bilinear, antialias, bicubic, none, pil
     seeds:str='0', # Seeds, with commas; each arm is trained once with each
     data:str='imagenette', # sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder of images
-    arch:str='resnet50', # Body: a torchvision classifier or a fastai xresnet
+    arch:str='resnet50', # Body: a torchvision classifier, a fastai xresnet, or timm/NAME
     name:str=None, # Name of the comparison; by default compare-data-arch
     runs:str='runs', # Folder of the comparison's folder
     **kwargs
