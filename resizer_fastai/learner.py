@@ -372,33 +372,44 @@ class EMACallback(Callback):
     def __init__(self,
         decay:float=0.999, # Share of the average that each step keeps, in the end; less in the first steps
     ):
-        self.decay,self.average,self.swapped = decay,None,False
+        self.decay,self.average,self.swapped,self.hooks = decay,None,False,[]
 
-    def before_fit(self):
-        if self.swapped: self._swap()   # an interrupted validation
-        self.run = not hasattr(self.learn, 'lr_finder')
-        if not self.run: return
+    def before_fit(self): self._end()   # where the last fit was interrupted
+    def before_train(self):   # `get_preds` and `validate` call before_fit as well
+        if self.average is not None or hasattr(self.learn, 'lr_finder'): return
         self.average = AveragedModel(self.model, multi_avg_fn=self._update, use_buffers=True)
-        self.hooks = [self.model.register_state_dict_post_hook(lambda *args: self._save(*args)),
-                      self.model.register_load_state_dict_pre_hook(lambda *args: self._load(*args))]
+        self.hooks = [self.model.register_load_state_dict_pre_hook(partial(self._load))]
 
     def _update(self, averages, current, n): get_ema_multi_avg_fn(min(self.decay, (1+n.item())/(10+n.item())))(averages, current, n)
-    def _save(self, model, state, prefix, _): state.update({f'average.{k}': v for k,v in self.average.state_dict().items()})
+    def _save(self, model, state, *_): state.update({f'average.{k}': v for k,v in self.average.state_dict().items()})
     def _load(self, model, state, *_):
-        self.average.load_state_dict({k[8:]: state.pop(k) for k in list(state) if k.startswith('average.')})
+        average = {k.removeprefix('average.'): state.pop(k) for k in list(state) if k.startswith('average.')}
+        if average: self.average.load_state_dict(average)
 
     def _swap(self):
+        if self.average is None: return
         a,b = [[*m.parameters(), *m.buffers()] for m in (self.average.module, self.model)]
         for p,q in zip(a, b): p.data,q.data = q.data,p.data
         self.swapped = not self.swapped
 
-    def after_step(self): self.average.update_parameters(self.model)
-    def before_validate(self): self._swap()
-    def after_validate(self): self._swap()
-    def after_fit(self):
-        self._swap()
+    def _end(self):
+        if self.swapped: self._swap()
         for o in self.hooks: o.remove()
-        self.average,self.swapped = None,False
+        self.average,self.swapped,self.hooks = None,False,[]
+
+    def after_step(self):
+        if self.average is not None: self.average.update_parameters(self.model)
+    def before_validate(self): self._swap()
+    def after_validate(self):
+        self._swap()
+        if self.average is not None: self.hooks.append(self.model.register_state_dict_post_hook(partial(self._save)))
+    def after_epoch(self):
+        if len(self.hooks)>1: self.hooks.pop().remove()
+    def after_fit(self):
+        if self.average is None: return
+        self._swap()
+        self.swapped = False   # for good
+        self._end()
 
 # %% ../nbs/02_learner.ipynb #2362f8b0
 def _normalize(dls):

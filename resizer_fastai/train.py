@@ -66,10 +66,11 @@ class MetricsLog(Callback):
 class Checkpoint(Callback):
     "After every epoch, write model and optimizer to `last.pth` in the learner's `model_dir`, the old file standing until the new one is whole"
     order = SaveModelCallback.order
-    def before_fit(self): self.fitting = not hasattr(self.learn, 'lr_finder')
-    def after_fit(self): self.fitting = False
-    def after_epoch(self):
-        if not getattr(self, 'fitting', False): return
+    trained = False
+    def before_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
+    def after_epoch(self):   # which `get_preds` and `validate` call as well
+        if not self.trained: return
+        self.trained = False
         file = self.learn.save('next')
         file.replace(file.with_name('last.pth'))
 

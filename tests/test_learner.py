@@ -9,7 +9,9 @@ from fastai.vision.all import (Adam, Callback, CategoryBlock, ClassificationInte
     error_rate, imagenet_stats, load_learner, nn, noop, params, parent_label, plt, resnet18, set_seed, tensor)
 from safetensors.torch import load_file, save_file
 from resizer_fastai.data import get_dls, get_path, image_files, read_image
-from resizer_fastai.learner import Autocast, FusedAdamW, ResizerClassifier, resizer_learner
+from resizer_fastai.learner import (Autocast, EMACallback, FiniteLoss, Frozen, FusedAdamW, NonFiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR,
+    resizer_learner)
+from resizer_fastai.resizer import FixedResizer, Resizer
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason='what these do where there is no CUDA')
 stats = [tensor(o).view(-1, 1, 1) for o in imagenet_stats]
@@ -561,6 +563,98 @@ def test_an_interrupted_learner_goes_on(where, make):
     learn.model.body[0].register_forward_hook(lambda m, inp, out: dtypes.append(out.dtype))
     assert moved_by(learn, 1e-2) >= filters(learn) and len(learn.recorder.values) == 1
     assert set(dtypes) == {torch.bfloat16}
+
+# ---------------------------------------------------------------- this library's callbacks
+
+def part(state, name): return {k: v for k, v in state.items() if k.startswith(name)}
+
+def test_average_and_best(make, tmp_path):
+    "The best file holds weights and average; both come back, and the learner ends with the average of that epoch."
+    validated = watch('before_validate', lambda cb: state(cb.learn))
+    trained = watch('after_train', lambda cb: state(cb.learn), order=0)
+    learn = make(cut=5, metrics=scripted(1, 3, 2), cbs=[EMACallback(0.8), SaveModelCallback('score', fname='best'), trained, validated])
+    learn.fit(3, 1e-2)
+    saved = torch.load(tmp_path/'models'/'best.pth')
+    saved = saved.get('model', saved)
+    raw = {k: v for k, v in saved.items() if not k.startswith('average.')}
+    average = {k.removeprefix('average.module.'): v for k, v in part(saved, 'average.module.').items()}
+    assert same(average, validated.seen[1]) and same(state(learn), validated.seen[1])
+    assert moved(raw, trained.seen[1]) == set() and moved(raw, average) >= filters(learn)
+
+def test_average_is_what_it_says(make):
+    "After n steps it is the recursion of its definition, with a decay that grows to the one asked for."
+    steps = watch('after_step', lambda cb: cb.model.resizer.out.weight.detach().clone(), order=0)
+    learn = make(cut=5, cbs=[EMACallback(0.3), steps])
+    learn.fit(3, 1e-2)
+    wanted = steps.seen[0]
+    for n, w in enumerate(steps.seen[1:], 1): wanted = torch.lerp(w, wanted, min(0.3, (1+n)/(10+n)))
+    torch.testing.assert_close(learn.resizer.out.weight.detach(), wanted, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(wanted, steps.seen[-1])
+
+def test_average_survives_an_interruption(make):
+    "Ctrl-C in validation, when the average is in the model: the next fit starts from the weights."
+    learn = make(cut=5, cbs=EMACallback(0.9))
+    trained = watch('after_train', lambda cb: state(cb.learn), order=0)
+    stop = Callback(before_validate=ctrl_c)
+    stop.order = 90
+    learn.add_cbs([trained, stop])
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2)
+    assert not same(state(learn), trained.seen[0])
+    learn.remove_cb(stop)
+    start = watch('before_train', lambda cb: state(cb.learn))
+    learn.fit(1, 1e-2, cbs=start)
+    assert moved(start.seen[0], trained.seen[0]) == set()
+    assert not [k for k in learn.model.state_dict() if k.startswith('average')]
+
+@pytest.mark.parametrize('cb', [EMACallback(), RecalibrateBN(2), ResizerLR(0.5), Frozen('body'), FiniteLoss(), Autocast()], ids=repr)
+def test_callbacks_go_with_the_others(cb, make, tmp_path):
+    "lr_find, get_preds, export and a second fit work with each of them in the learner."
+    learn = make(cut=5, size=16, cbs=cb)
+    before = state(learn)
+    assert learn.lr_find(num_it=4, show_plot=False, suggest_funcs=None) is None
+    assert same(state(learn), before)
+    learn.fit(1, 1e-3)
+    preds, _ = learn.get_preds()
+    learn.export('learn.pkl')
+    with warnings.catch_warnings(action='ignore'): again = load_learner(tmp_path/'learn.pkl')
+    torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(learn.dls.valid_ds.items))[0], preds, atol=1e-5, rtol=0)
+    learn.fit(1, 1e-3)
+    assert len(learn.recorder.values) == 1 and all(p.requires_grad for p in learn.model.parameters())
+
+def test_recalibration_leaves_training_alone(make):
+    "The same weights come out, to the bit; only running statistics differ, and they are those of the training images."
+    def trained(cbs):
+        learn = make(new_dls(), cut=5)
+        learn.dls.train.rng = random.Random(0)
+        set_seed(1)
+        learn.fit(2, 1e-2, cbs=cbs)
+        return learn
+    a, b = trained(None), trained(RecalibrateBN())
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+    first = b.resizer.stem[-1]
+    seen = []
+    first.register_forward_pre_hook(lambda m, inp: seen.append(inp[0]))
+    with torch.no_grad(): b.model(torch.cat([x.as_subclass(Tensor) for x, _ in b.dls.train]))
+    means = lambda m: m.resizer.stem[-1].running_mean
+    wanted = seen[0].mean((0, 2, 3))
+    assert (means(b.model)-wanted).norm() < 0.1*(means(a.model)-wanted).norm()
+
+def test_frozen_parts_do_not_follow_the_optimizer(make):
+    "Neither momentum nor weight decay nor a head that trains moves them, with fastai's own optimizer."
+    learn = make(cut=5, opt_func=Adam, wd=0.1)
+    learn.fit(1, 1e-2)
+    before = state(learn)
+    learn.fit(1, 1e-2, cbs=Frozen('resizer'))
+    assert {k.split('.')[0] for k in moved(before, state(learn))} == {'body', 'head'}
+
+def test_another_resizer_keeps_what_is_frozen(make):
+    "The optimizer gets the new parameters, and the body stays frozen."
+    learn = make(cut=5)
+    learn.freeze()
+    learn.resizer = Resizer(32, num_resblocks=1)
+    assert moved_by(learn, 1e-2) & filters(learn) == filters(learn, 'resizer', 'head')
+    learn.resizer = FixedResizer(32, antialias=True)
+    assert learn.model._hub_mixin_config['resizer_args']['antialias'] and not [n for n, _ in learn.model.named_parameters() if n.startswith('resizer')]
 
 # ---------------------------------------------------------------- what once went wrong
 
