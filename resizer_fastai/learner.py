@@ -64,6 +64,8 @@ def body_stats(
     return imagenet_stats
 
 # %% ../nbs/02_learner.ipynb #637f60d0
+def _name(arch): return arch if isinstance(arch, str) else getattr(arch, '__name__', str(arch))
+
 def _make_model(arch, pretrained, weights=None, **kwargs):
     "The whole model behind `arch`; `kwargs` are for timm"
     make = get_body(arch)
@@ -71,7 +73,7 @@ def _make_model(arch, pretrained, weights=None, **kwargs):
     else: kwargs['pretrained'] = pretrained
     try: return make(**kwargs)
     except OSError as e:
-        raise OSError(f'the pretrained weights of {arch if isinstance(arch, str) else make.__name__} are neither on this machine nor to be '
+        raise OSError(f'the pretrained weights of {_name(arch)} are neither on this machine nor to be '
                       f'downloaded ({e}): train from random weights, without --pretrained or with pretrained=False') from e
 
 def _without_heads(model):
@@ -109,7 +111,7 @@ def make_body(
         body = create_body(model, n_in, pretrained, ifnone(cut, _cut(make, model)))
         return body, model.hidden_dim if is_vit else num_features_model(nn.Sequential(*body.children())), not is_vit
     except (StopIteration, RuntimeError) as e:
-        raise UsageError(f'{make.__name__} cannot be cut into a body and a head ({str(e) or "no layer of it pools"}): pass cut, or take a body such as resnet50') from None
+        raise UsageError(f'{_name(arch)} cannot be cut into a body and a head ({str(e) or "no layer of it pools"}): pass cut, or take a body such as resnet50') from None
 
 # %% ../nbs/02_learner.ipynb #e8f3603b
 def _channels_out(resizer, n_in, size):
@@ -157,8 +159,8 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         stat = lambda o,default: tensor(default if o is None else o, dtype=torch.float).view(-1,1,1)
         self.register_buffer('mean', stat(mean, [0.]), persistent=False)
         self.register_buffer('std',  stat(std,  [1.]), persistent=False)
-        named = getattr(self.arch, '__name__', None) in body_names() and get_body(self.arch.__name__) is self.arch
-        self._hub_mixin_config = config | (dict(arch=self.arch.__name__) if named else {})
+        named = _name(arch) in body_names() and get_body(_name(arch)) is self.arch
+        self._hub_mixin_config = config | (dict(arch=_name(arch)) if named else {})
         if isinstance(resizer, nn.Module): self.set_resizer(resizer)
 
     def set_resizer(self,
@@ -429,14 +431,14 @@ def _check_stats(used, mean, std, whose):
     if known and not all(np.allclose(used[k], o, atol=1e-3) for k,o in zip(('mean','std'), (mean,std)) if len(o)==len(used[k])):
         warn(f'images are normalised with {used}, and {whose} want mean {list(mean)} and std {list(std)}: give the DataLoaders Normalize.from_stats with those')
 
-def _check_fit(model, n_in):
+def _check_fit(model, n_in, name):
     "Raise unless an image passes the model from end to end"
     x = torch.zeros(1, n_in, *_hw(model.read.size))
     with torch.no_grad():
         small = model.eval().resizer(x)
         if small.ndim!=4: raise ValueError(f'a resizer maps (B, C, H, W) to (B, C, h, w): this one maps {tuple(x.shape)} to {tuple(small.shape)}')
         try: model.head(model.body(small))
-        except (AssertionError, RuntimeError, ValueError) as e: raise UsageError(f'this body and head cannot take images of {"x".join(map(str, small.shape[1:]))}, which the resizer puts out: {e}') from e
+        except (AssertionError, RuntimeError, ValueError) as e: raise UsageError(f'{name} cannot take images of {"x".join(map(str, small.shape[1:]))}, which the resizer puts out: {e}') from e
     model.train()
 
 # %% ../nbs/02_learner.ipynb #a47baf63
@@ -478,12 +480,12 @@ def resizer_learner(
         dls.add_tfms([NormalizeInPlace.from_stats(*stats, cuda=_device_type(dls)!='cpu')], 'after_batch')
     norm = _normalize(dls)
     used = dict(mean=norm.mean.flatten().tolist(), std=norm.std.flatten().tolist()) if norm else dict(mean=[0.]*n_in, std=[1.]*n_in)
-    if pretrained: _check_stats(used, *stats, f'the weights of {arch if isinstance(arch, str) else arch.__name__}')
+    if pretrained: _check_stats(used, *stats, f'the weights of {_name(arch)}')
     if isinstance(resizer, nn.Module): _check_stats(used, getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
     if resizer=='learned': resizer_args = dict(zero_init=ifnone(zero_init, pretrained)) | (resizer_args or {})
     model = ResizerClassifier(arch, n_out, resizer, size, n_in, vocab=list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None, **used, **_reading(dls),
                               pretrained=pretrained, weights=weights, resizer_args=resizer_args, head_args=kwargs, cut=cut, init=init, custom_head=custom_head)
-    _check_fit(model, n_in)
+    _check_fit(model, n_in, _name(arch))
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=cbs, metrics=metrics, path=ifnone(path, Path()),
                     splitter=ifnone(splitter, partial(joint_split, split=model_meta.get(model.arch, {}).get('split', default_split))), model_dir=model_dir, wd=wd,
                     wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)

@@ -15,7 +15,7 @@ def test_train_writes_a_run_and_exits_0(shell, tmp_path):
     res = shell('resizer_train', '--data', 'sample', '--limit', 20, *small)
     assert res.returncode == 0, res.stderr
     run = tmp_path/'runs'/'sample-resnet18-learned-42'
-    assert {p.name for p in run.iterdir()} == {'run.json', 'metrics.csv', 'preds.npz', 'model', 'resizer.safetensors', 'images'}
+    assert {p.name for p in run.iterdir()} == {'run.json', 'metrics.csv', 'preds.npz', 'model', 'resizer.safetensors', 'resizer.json', 'images'}
     assert {p.name for p in (run/'model').iterdir()} == {'config.json', 'model.safetensors', 'README.md'}
     assert 'accuracy' in res.stdout and '\r' not in res.stdout
     check_one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *small), 2, 'exists', '--name')
@@ -31,10 +31,18 @@ def test_command_in_run_json_makes_the_same_run_again(shell, tmp_path):
 @pytest.mark.parametrize('args,says', [
     (['--arch', 'resnet5'], 'no body'), (['--arch', 'os.system'], 'no body'), (['--resizer', 'lanczos'], 'there are learned'),
     (['--out', 0], '1 or more'), (['--epochs', 0], '1 or more'), (['--bs', 0], '1 or more'), (['--precision', 'fp8'], 'precision is'),
-    (['--workers', -1], '0 or more'), (['--arch', 'vit_b_16'], 'cannot be cut')])
+    (['--workers', -1], '0 or more'), (['--arch', 'maxvit_t'], 'cannot be cut'), (['--arch', 'timm/resnet5'], 'no body'),
+    (['--arch', 'vit_b_32', '--out', 32], 'vit_b_32 cannot take images of 3x32x32')])
 def test_usage_exits_2(shell, tmp_path, args, says):
     check_one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *args), 2, says)
     assert not (tmp_path/'runs').exists()
+
+def test_a_loss_that_is_not_finite_stops_the_run(shell, tmp_path):
+    "At that batch, with its number and files; what was written before stays"
+    from resizer_fastai.data import get_path
+    res = shell('resizer_train', '--data', 'sample', '--limit', 20, *small, '--lr', 1e12)
+    check_one_sentence(res, 1, 'the loss is nan in batch 1 of epoch 0, in training', str(get_path('sample')/'train'), '.png', 'lower learning rate')
+    assert [p.name for p in (tmp_path/'runs'/'sample-resnet18-learned-42').iterdir()] == ['run.json']
 
 def test_no_network_and_no_data(shell, tmp_path):
     res = shell('resizer_train', FASTAI_HOME=tmp_path/'home')
