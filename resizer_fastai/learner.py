@@ -363,9 +363,15 @@ class ResizerLR(Callback):
 # %% ../nbs/02_learner.ipynb #53f111db
 class RecalibrateBN(Callback):
     "Before every validation, measure the running statistics of BatchNorm anew on `n` training batches"
+    order = 60   # not part of the training that others time
     def __init__(self, n:int=16): self.n = n
+    def _inputs(self):
+        dl = self.dls.train.new() if isinstance(self.dls.train, TfmdDL) else self.dls.train
+        for b in itertools.islice(dl, self.n):
+            for cb in self.learn._grab_cbs(Autocast): cb.before_batch()
+            yield b[0]
     def after_train(self):
-        with no_random(): update_bn((b[0] for b in itertools.islice(self.dls.train.new(), self.n)), self.model)
+        with no_random(): update_bn(self._inputs(), self.model, one_param(self.model).device)
 
 # %% ../nbs/02_learner.ipynb #f02f27d6
 class EMACallback(Callback):

@@ -10,7 +10,7 @@ __all__ = ['plain_head', 'recipe_learner', 'MetricsLog', 'Checkpoint', 'data_fin
 from fastai.vision.all import *
 from .data import UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
 from .resizer import make_resizer
-from .learner import FiniteLoss, get_body, pick_precision, precision_cbs, resizer_learner
+from .learner import FiniteLoss, RecalibrateBN, get_body, pick_precision, precision_cbs, resizer_learner
 from .show import resized_images   # and `Learner.show_resized` with it
 from . import __version__
 import csv, fastai, hashlib, platform, shlex, shutil, torchvision
@@ -39,7 +39,7 @@ def recipe_learner(
     set_seed(seed)
     return resizer_learner(dls, arch, resizer, out, pretrained=pretrained, loss_func=LabelSmoothingCrossEntropyFlat(eps=0.1),
                            metrics=accuracy, path=path, model_dir='checkpoint', resizer_args=resizer_args, **({} if pretrained else plain_head),
-                           cbs=[ChannelsLast(), FiniteLoss(), *precision_cbs(precision, dls.device), *L(cbs)])
+                           cbs=[ChannelsLast(), FiniteLoss(), RecalibrateBN(), *precision_cbs(precision, dls.device), *L(cbs)])
 
 # %% ../nbs/04_train.ipynb #db19ebab
 class MetricsLog(Callback):
