@@ -21,7 +21,7 @@ def output(out, files):
 
 def cell(c, files):
     source = text(c['source']).strip()
-    if c['cell_type'] != 'code': return [re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', source)]
+    if c['cell_type'] != 'code': return [re.sub(r'\]\(([\w/]+\.ipynb)\)', r'](nbs/\1)', source)]
     lines = source.split('\n')
     flags = {o[2:].split(':')[0].strip() for o in lines if o.startswith('#|')}
     if 'hide' in flags: return []

@@ -121,6 +121,7 @@ def _channels_out(resizer, n_in, size):
     resizer.train(was_training)
     return channels
 
+# %% ../nbs/02_learner.ipynb #2966e4e6
 class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_fastai', license='apache-2.0',
                         pipeline_tag='image-classification', tags=['learned-resizer']):
     "A resizer, a body and a head, as one model that is trained on one loss"
@@ -163,21 +164,23 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         self._hub_mixin_config = config | (dict(arch=_name(arch)) if named else {})
         if isinstance(resizer, nn.Module): self.set_resizer(resizer)
 
-    def set_resizer(self,
-        resizer:nn.Module, # Maps (B, n_in, H, W) to (B, C', h, w), with C' what the body takes
-    ):
-        "Put another resizer in front of the body"
-        config = resizer_config(resizer)
-        self.resizer = resizer
-        said = dict(resizer=config.pop('name'), size=config.pop('size'), resizer_args=config) if config else dict(resizer=resizer)
-        self._hub_mixin_config |= said
-
     def forward(self,
         x:Tensor, # Normalised images, shape (B, n_in, H, W)
     ) -> Tensor: # Logits, shape (B, n_out)
         dtype,self.autocast = self.autocast,None   # asked for batch by batch, so that nothing stays on
         with torch.autocast(x.device.type, dtype) if dtype else nullcontext():
             return self.head(self.body(self.resizer(x.as_subclass(Tensor))))
+
+# %% ../nbs/02_learner.ipynb #389260c2
+@patch
+def set_resizer(self:ResizerClassifier,
+    resizer:nn.Module, # Maps (B, n_in, H, W) to (B, C', h, w), with C' what the body takes
+):
+    "Put another resizer in front of the body"
+    config = resizer_config(resizer)
+    self.resizer = resizer
+    said = dict(resizer=config.pop('name'), size=config.pop('size'), resizer_args=config) if config else dict(resizer=resizer)
+    self._hub_mixin_config |= said
 
 # %% ../nbs/02_learner.ipynb #45313a33
 @patch
@@ -514,8 +517,10 @@ def resizer(self:Learner): return self.model.resizer
 
 @patch(set_prop=True)
 def resizer(self:Learner, resizer:nn.Module):
+    m = self.model
+    _check_stats(dict(mean=m.mean.flatten().tolist(), std=m.std.flatten().tolist()), getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
     frozen = self.opt.frozen_idx if self.opt else 0
-    self.model.set_resizer(resizer.to(one_param(self.model).device))
+    m.set_resizer(resizer.to(one_param(m).device))
     self.create_opt()
     self.opt.freeze_to(frozen)
 
