@@ -156,10 +156,12 @@ def transfer_resizer(
     lr:float=3e-3, # Highest learning rate of each cycle
     seed:int=0, # Of everything that is random
     frozen:tuple=(), # Parts that stand still in the epochs after, as for `Frozen`
+    resizer_args:dict=None, # More arguments of every learned resizer, such as `norm`
     **kwargs # For `recipe_learner`
 ) -> pd.DataFrame: # A row for each resizer in front of `target`: accuracy in percent `before` and `after` those epochs
     "Train a resizer with one body and try it with another, beside the controls"
-    def made(arch, resizer): return recipe_learner(data, arch, resizer, seed=seed, **kwargs)
+    def made(arch, resizer):
+        return recipe_learner(data, arch, resizer, seed=seed, resizer_args=resizer_args if resizer=='learned' else None, **kwargs)
     def fitted(learn, n, **kw):
         set_seed(seed)
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, lr, **kw)
@@ -170,10 +172,11 @@ def transfer_resizer(
     def put(resizer):
         learn = made(target, 'bilinear')
         learn.model.load_state_dict(plain.model.state_dict())
-        learn.resizer = deepcopy(resizer)
+        learn.resizer = resizer
         before = accuracy(learn)
         return before, accuracy(fitted(learn, more, cbs=Frozen(*frozen) if frozen else None))
-    new = make_resizer('learned', plain.resizer.size, zero_init=True)
+    set_seed(seed)
+    new = make_resizer('learned', plain.resizer.size, **(resizer_args or {}) | dict(zero_init=True))
     rows = {'bilinear': put(plain.resizer), f"{source}'s": put(other.resizer), 'a new one': put(new),
             'its own from the beginning': (accuracy(fitted(made(target, 'learned'), epochs)), math.nan)}
     return pd.DataFrame([dict(resizer=k, seed=seed, before=b, after=a) for k,(b,a) in rows.items()])

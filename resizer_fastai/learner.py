@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['body_names', 'get_body', 'body_stats', 'make_body', 'ResizerClassifier', 'joint_split', 'FusedAdamW', 'Autocast',
            'has_bf16', 'pick_precision', 'precision_cbs', 'NonFiniteLoss', 'FiniteLoss', 'Frozen', 'ResizerLR',
-           'RecalibrateBN', 'EMACallback', 'resizer_learner']
+           'EMACallback', 'RecalibrateBN', 'resizer_learner']
 
 # %% ../nbs/02_learner.ipynb #e1a3cbfd
 from fastai.vision.all import *
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.utils import is_jsonable
-from safetensors.torch import load_file
+from safetensors.torch import load_model as load_safetensors
 from fastai.callback.fp16 import MixedPrecision
 from .data import NormalizeInPlace, ReadImage, UsageError, _hw, image_reader
 from .resizer import Resizer, make_resizer, resizer_config, save_resizer
 from collections.abc import Callable
 from contextlib import nullcontext
 from torch.amp import GradScaler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models import VisionTransformer
 import difflib, torchvision
 
@@ -46,6 +46,8 @@ def get_body(
                      f'such as {", ".join(difflib.get_close_matches(arch, names, cutoff=0.3) or ["resnet50"])}')
 
 # %% ../nbs/02_learner.ipynb #88c59e32
+def _name(arch): return arch if isinstance(arch, str) else getattr(arch, '__name__', str(arch))
+
 def body_stats(
     arch:str|Callable, # As for `get_body`
     weights=None, # Which of torchvision's weights; by default the best
@@ -56,16 +58,14 @@ def body_stats(
         cfg = _timm().get_pretrained_cfg(arch[5:])
         return list(cfg.mean), list(cfg.std)
     make = get_body(arch)
-    if make in model_meta: return model_meta[make].get('stats', imagenet_stats)
     if make.__module__.startswith('torchvision.'):
         known = torchvision.models.get_model_weights(make)
+        if isinstance(weights, str) and weights not in known.__members__: raise UsageError(f'no weights {weights!r} of {_name(arch)}: there are {", ".join(known.__members__)}')
         preset = (known[weights] if isinstance(weights, str) else ifnone(weights, known.DEFAULT)).transforms()
         return list(preset.mean), list(preset.std)
-    return imagenet_stats
+    return model_meta.get(make, {}).get('stats', imagenet_stats)
 
 # %% ../nbs/02_learner.ipynb #637f60d0
-def _name(arch): return arch if isinstance(arch, str) else getattr(arch, '__name__', str(arch))
-
 def _make_model(arch, pretrained, weights=None, **kwargs):
     "The whole model behind `arch`; `kwargs` are for timm"
     make = get_body(arch)
@@ -115,11 +115,20 @@ def make_body(
 
 # %% ../nbs/02_learner.ipynb #e8f3603b
 def _channels_out(resizer, n_in, size):
-    "How many channels `resizer` puts out"
-    was_training = resizer.training
-    with torch.no_grad(): channels = resizer.eval()(torch.zeros(1, n_in, *_hw(size))).shape[1]
+    "How many channels `resizer` puts out; it has to map (B, C, H, W) to (B, C', h, w)"
+    like = first(itertools.chain(resizer.parameters(), resizer.buffers(), [torch.zeros(())]))
+    x,was_training = torch.zeros(2, n_in, *_hw(size), device=like.device),resizer.training
+    with torch.no_grad(): y = resizer.eval()(x)
     resizer.train(was_training)
-    return channels
+    if getattr(y, 'ndim', 0)!=4: raise ValueError(f'a resizer maps (B, C, H, W) to (B, C\', h, w): this one maps {tuple(x.shape)} to {tuple(y.shape) if hasattr(y, "shape") else type(y).__name__}')
+    return y.shape[1]
+
+def _take_average(model, state, *_):
+    "Of a file that `EMACallback` wrote during training, load the average, which is what was validated"
+    if model.averaging: return
+    for k in [o for o in state if o.startswith('average.')]:
+        v = state.pop(k)
+        if k.startswith('average.module.'): state[k.removeprefix('average.module.')] = v
 
 # %% ../nbs/02_learner.ipynb #2966e4e6
 class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_fastai', license='apache-2.0',
@@ -148,14 +157,14 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         config = {k:v for k,v in locals().items() if k not in ('self','init','weights','__class__')} | dict(pretrained=False)
         super().__init__()
         resizer_args,head_args = resizer_args or {},head_args or {}
-        if isinstance(resizer, nn.Module): channels = _channels_out(resizer, n_in, input_size)
-        else: channels = resizer_args.get('out_channels', n_in)
-        body,nf,pool = make_body(arch, channels, pretrained, weights, cut)
+        self.n_in,self.n_small = n_in,_channels_out(resizer, n_in, input_size) if isinstance(resizer, nn.Module) else resizer_args.get('out_channels', n_in)
+        body,nf,pool = make_body(arch, self.n_small, pretrained, weights, cut)
         joint = add_head(body, nf, n_out, init=init, head=custom_head, **dict(pool=pool) | head_args)
         if resizer=='learned': resizer_args = dict(in_channels=n_in, out_channels=n_in) | resizer_args
         self.resizer = resizer if isinstance(resizer, nn.Module) else make_resizer(resizer, size, **resizer_args)
         self.body,self.head = joint
-        self.arch,self.vocab,self.n_in,self.autocast = get_body(arch),vocab,n_in,None
+        self.arch,self.vocab,self.autocast,self.averaging = get_body(arch),vocab,None,False
+        self.register_load_state_dict_pre_hook(_take_average)
         self.read = ReadImage(input_size, resize, **({} if background is None else dict(background=background)))
         stat = lambda o,default: tensor(default if o is None else o, dtype=torch.float).view(-1,1,1)
         self.register_buffer('mean', stat(mean, [0.]), persistent=False)
@@ -177,18 +186,22 @@ def set_resizer(self:ResizerClassifier,
     resizer:nn.Module, # Maps (B, n_in, H, W) to (B, C', h, w), with C' what the body takes
 ):
     "Put another resizer in front of the body"
-    config = resizer_config(resizer)
+    n = _channels_out(resizer, self.n_in, self.read.size)
+    if n!=self.n_small: raise ValueError(f'this resizer puts out {n} channels, and the body takes {self.n_small}')
     self.resizer = resizer
-    said = dict(resizer=config.pop('name'), size=config.pop('size'), resizer_args=config) if config else dict(resizer=resizer)
-    self._hub_mixin_config |= said
+    config = resizer_config(resizer)
+    self._hub_mixin_config |= dict(resizer=config.pop('name'), size=config.pop('size', 0), resizer_args=config) if config else dict(resizer=resizer)
 
 # %% ../nbs/02_learner.ipynb #45313a33
 @patch
-def _save_pretrained(self:ResizerClassifier, save_directory):
-    "Write `model.safetensors`, unless `config.json` could not bring this model back"
+def save_pretrained(self:ResizerClassifier,
+    path:str|Path, # Folder to write `config.json` and `model.safetensors` to
+    **kwargs # For the Hub's mixin, such as `push_to_hub`
+):
+    "Write the model without pickle, unless `config.json` could not bring it back"
     lost = [k for k,v in self._hub_mixin_config.items() if not is_jsonable(v)]
     if lost: raise ValueError(f'config.json cannot hold {", ".join(lost)} of this model: pass names in place of functions and modules, or use learn.export')
-    super(ResizerClassifier, self)._save_pretrained(save_directory)
+    return super(ResizerClassifier, self).save_pretrained(path, **kwargs)
 
 # %% ../nbs/02_learner.ipynb #5492f0e4
 @patch(cls_method=True)
@@ -207,7 +220,7 @@ def from_pretrained(cls:ResizerClassifier,
     if unknown: raise ValueError(f'{folder/"config.json"} has keys that no ResizerClassifier knows: {", ".join(sorted(unknown))}')
     if not isinstance(config.get('arch'), str): raise ValueError(f'{folder/"config.json"} names no body under arch')
     model = cls(**config | dict(pretrained=False))
-    model.load_state_dict(load_file(folder/'model.safetensors'))
+    load_safetensors(model, folder/'model.safetensors')
     return model.eval()
 
 # %% ../nbs/02_learner.ipynb #1bb935d5
@@ -286,7 +299,10 @@ class Autocast(MixedPrecision):
         self.dtype,self.kwargs = dtype,kwargs
     def before_fit(self):
         self.learn.scaler,self.scales = GradScaler(_device_type(self.dls), enabled=self.dtype==torch.float16, **self.kwargs),L()
-    def before_batch(self): self.learn.model.autocast = self.dtype
+    def before_batch(self): get_model(self.model).autocast = self.dtype
+    def after_pred(self):
+        get_model(self.model).autocast = None   # where copies of the model have taken it
+        super().after_pred()
     def after_loss(self): pass
     def after_fit(self): self.learn.scaler,self.scales = None,None
 
@@ -326,57 +342,56 @@ class NonFiniteLoss(FloatingPointError):
     def __str__(self): return self.msg   # fastai puts the name of the callback into args
 
 class FiniteLoss(Callback):
-    "Stop at the first batch whose loss is not finite, before the weights are changed, and before anything is saved"
-    order = MixedPrecision.order+1
-    def after_loss(self):
+    "Stop at the first batch whose loss is not finite, before it changes the weights, and before anything is saved"
+    order = GradientAccumulation.order-1
+    def after_backward(self): self._check()   # and not before it, where a GPU would have to wait
+    def after_batch(self):
+        if not self.training: self._check()
+    def _check(self):
         if not len(self.yb) or torch.isfinite(self.loss).all(): return
-        items,idxs = self.dl.dataset.items,self.dl._DataLoader__idxs[self.iter*self.dl.bs:][:self.dl.bs]
-        files = [str(items[i]) for i in idxs]
+        if hasattr(self.learn, 'lr_finder'): raise CancelFitException()
+        files = self._files()
         more = f' and {len(files)-10} more' if len(files)>10 else ''
-        raise NonFiniteLoss(f'the loss is {self.loss.max().item()} in batch {self.iter} of epoch {self.epoch}, in {"training" if self.training else "validation"}, '
-                            f'with {", ".join(files[:10])}{more}: try a lower learning rate, or clip gradients with GradientClip', files)
+        of = f', with {", ".join(files[:10])}{more}' if files else ''
+        raise NonFiniteLoss(f'the loss is {self.loss.max().item()} in batch {self.iter} of epoch {self.epoch}, in {"training" if self.training else "validation"}{of}: '
+                            'try a lower learning rate, or clip gradients with GradientClip', files)
+    def _files(self):
+        "What the batch was made of, where the DataLoader can tell"
+        items,idxs = getattr(getattr(self.dl, 'dataset', None), 'items', None),getattr(self.dl, '_DataLoader__idxs', None)
+        if items is None or idxs is None: return []
+        return [str(o) for o in L(items)[list(idxs[self.iter*self.dl.bs:][:self.dl.bs])]]
 
 # %% ../nbs/02_learner.ipynb #a3f2689f
 class Frozen(Callback):
     "Hold parts of a `ResizerClassifier` still while it trains, their norms and running statistics included"
+    order = MixedPrecision.order-2
     def __init__(self,
         *parts:str # Of 'resizer', 'body' and 'head'
     ):
         if not parts or set(parts)-{'resizer','body','head'}: raise ValueError(f'the parts are resizer, body and head: got {parts}')
         self.parts = parts
-    def _modules(self): return [getattr(self.model, o) for o in self.parts]
-    def before_fit(self):
-        self.held = [p for m in self._modules() for p in m.parameters() if p.requires_grad]
-        for p in self.held: p.requires_grad,p.grad = False,None
+    def _modules(self): return [getattr(get_model(self.model), o) for o in self.parts]
     def before_train(self):
         for m in self._modules(): m.eval()
-    def after_fit(self):
-        for p in self.held: p.requires_grad = True
+    def before_step(self):   # an optimizer passes over what has no gradient
+        for m in self._modules():
+            for p in m.parameters(): p.grad = None
 
 # %% ../nbs/02_learner.ipynb #cd959b15
 class ResizerLR(Callback):
-    "Train the resizer at `mult` times the learning rate of its group, with any optimizer whose steps grow with the rate"
+    "Train the resizer at a multiple of the learning rate of its group, with any optimizer whose steps grow with the rate"
     order = MixedPrecision.order-1   # a step that is skipped there is seen here
-    def __init__(self, mult:float): self.mult = mult
-    def before_step(self): self.old = [p.detach().clone() for p in self.model.resizer.parameters()]
+    def __init__(self,
+        mult:float # Multiple of the group's rate
+    ):
+        self.mult = mult
+    def _params(self): return list(get_model(self.model).resizer.parameters())
+    def before_step(self): self.old = [p.detach().clone() for p in self._params()]
     @torch.no_grad()
     def after_step(self):
-        for p,old in zip(self.model.resizer.parameters(), self.old): p.copy_(torch.lerp(old, p, self.mult))
+        for p,old in zip(self._params(), self.old): p.copy_(torch.lerp(old, p, self.mult))
 
 # %% ../nbs/02_learner.ipynb #53f111db
-class RecalibrateBN(Callback):
-    "Before every validation, measure the running statistics of BatchNorm anew on `n` training batches"
-    order = 60   # not part of the training that others time
-    def __init__(self, n:int=16): self.n = n
-    def _inputs(self):
-        dl = self.dls.train.new() if isinstance(self.dls.train, TfmdDL) else self.dls.train
-        for b in itertools.islice(dl, self.n):
-            for cb in self.learn._grab_cbs(Autocast): cb.before_batch()
-            yield b[0]
-    def after_train(self):
-        with no_random(): update_bn(self._inputs(), self.model, one_param(self.model).device)
-
-# %% ../nbs/02_learner.ipynb #f02f27d6
 class EMACallback(Callback):
     "Average the weights over the steps, validate with the average, and end with it; what is saved meanwhile holds both"
     order = SaveModelCallback.order+10   # which loads its best, both of them, before this one ends
@@ -387,40 +402,73 @@ class EMACallback(Callback):
 
     def before_fit(self): self._end()   # where the last fit was interrupted
     def before_train(self):   # `get_preds` and `validate` call before_fit as well
-        if self.average is not None or hasattr(self.learn, 'lr_finder'): return
-        self.average = AveragedModel(self.model, multi_avg_fn=self._update, use_buffers=True)
-        self.hooks = [self.model.register_load_state_dict_pre_hook(partial(self._load))]
+        if hasattr(self.learn, 'lr_finder'): return
+        if len(self.hooks)>1: self.hooks.pop().remove()
+        if self.average is not None: return
+        m = get_model(self.model)
+        self.average = AveragedModel(m, multi_avg_fn=self._update, use_buffers=True)
+        self.hooks,m.averaging = [m.register_load_state_dict_pre_hook(self._load)],True
 
-    def _update(self, averages, current, n): get_ema_multi_avg_fn(min(self.decay, (1+n.item())/(10+n.item())))(averages, current, n)
+    def _update(self, averages, current, _):
+        n = self.average.n_averaged.item()
+        get_ema_multi_avg_fn(min(self.decay, (1+n)/(10+n)))(averages, current, n)
     def _save(self, model, state, *_): state.update({f'average.{k}': v for k,v in self.average.state_dict().items()})
     def _load(self, model, state, *_):
+        if self.swapped: self._swap()
         average = {k.removeprefix('average.'): state.pop(k) for k in list(state) if k.startswith('average.')}
         if average: self.average.load_state_dict(average)
 
     def _swap(self):
         if self.average is None: return
-        a,b = [[*m.parameters(), *m.buffers()] for m in (self.average.module, self.model)]
+        a,b = [[*m.parameters(), *m.buffers()] for m in (self.average.module, get_model(self.model))]
         for p,q in zip(a, b): p.data,q.data = q.data,p.data
         self.swapped = not self.swapped
 
     def _end(self):
         if self.swapped: self._swap()
         for o in self.hooks: o.remove()
+        get_model(self.model).averaging = False
         self.average,self.swapped,self.hooks = None,False,[]
 
     def after_step(self):
-        if self.average is not None: self.average.update_parameters(self.model)
+        if self.average is not None: self.average.update_parameters(get_model(self.model))
     def before_validate(self): self._swap()
     def after_validate(self):
         self._swap()
-        if self.average is not None: self.hooks.append(self.model.register_state_dict_post_hook(partial(self._save)))
-    def after_epoch(self):
-        if len(self.hooks)>1: self.hooks.pop().remove()
+        if self.average is not None: self.hooks.append(get_model(self.model).register_state_dict_post_hook(partial(self._save)))   # which sets an attribute
     def after_fit(self):
-        if self.average is None: return
         self._swap()
         self.swapped = False   # for good
         self._end()
+
+# %% ../nbs/02_learner.ipynb #f02f27d6
+class RecalibrateBN(Callback):
+    "While training, before each validation, measure the running statistics of BatchNorm anew"
+    order = EMACallback.order+1   # those of the average, where there is one
+    def __init__(self,
+        n:int=16 # Training batches to measure on
+    ):
+        self.n,self.norms = n,[]
+    def after_train(self): self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]   # not the frozen ones
+    def before_validate(self):
+        was,self.norms = {m: m.momentum for m in self.norms},[]
+        for m in was:
+            m.reset_running_stats()
+            m.momentum = None   # the mean over all batches
+            m.train()
+        try:
+            if was: self._pass()
+        finally:
+            for m,momentum in was.items():
+                m.momentum = momentum
+                m.eval()
+    @torch.no_grad()
+    def _pass(self):
+        dl = self.dls.train.new() if isinstance(self.dls.train, DataLoader) else self.dls.train
+        with no_random():
+            for b in itertools.islice(dl, self.n):
+                for cb in self.learn._grab_cbs(Autocast): cb.before_batch()
+                self.model(*to_device(b[:getattr(dl, 'n_inp', 1)], one_param(self.model).device))
 
 # %% ../nbs/02_learner.ipynb #2362f8b0
 def _normalize(dls):
@@ -430,22 +478,21 @@ def _normalize(dls):
 def _reading(dls):
     "How `dls` brings images to the size that it gives to the model, as arguments of `ResizerClassifier`"
     if read := image_reader(dls): return dict(input_size=read.size, resize=read.resize, background=list(read.background))
-    if not isinstance(dls.valid, TfmdDL): return dict(input_size=list(first(dls.valid)[0].shape[-2:]))   # a loader of PyTorch
-    with no_random(): x = dls.valid.new(bs=1, num_workers=0).one_batch()[0]
-    return dict(input_size=list(x.shape[-2:]), resize=getattr(first(dls.valid.after_item.fs, risinstance(Resize)), 'method', 'squish'))
+    dl = dls.valid if len(dls.valid) else dls.train
+    if not isinstance(dl, TfmdDL): return dict(input_size=list(first(dl)[0].shape[-2:]))   # a loader of PyTorch
+    with no_random(): x = dl.new(bs=1, num_workers=0).one_batch()[0]
+    return dict(input_size=list(x.shape[-2:]), resize=getattr(first(dl.after_item.fs, risinstance(Resize)), 'method', 'squish'))
 
 def _check_stats(used, mean, std, whose):
-    "Warn if images are normalised otherwise than `whose` mean and standard deviation ask for"
-    known = [o for o in (mean,std) if o is not None]
-    if known and not all(np.allclose(used[k], o, atol=1e-3) for k,o in zip(('mean','std'), (mean,std)) if len(o)==len(used[k])):
-        warn(f'images are normalised with {used}, and {whose} want mean {list(mean)} and std {list(std)}: give the DataLoaders Normalize.from_stats with those')
+    "Warn if images are normalised otherwise than `whose` mean and standard deviation, where these are lists, ask for"
+    wants = {k:o for k,o in dict(mean=mean, std=std).items() if is_listy(o) and len(o)==len(used[k])}
+    if any(not np.allclose(used[k], o, atol=1e-3) for k,o in wants.items()):
+        warn(f'images are normalised with {used}, and for {whose} it should be {wants}: give the DataLoaders Normalize.from_stats with those')
 
 def _check_fit(model, n_in, name):
     "Raise unless an image passes the model from end to end"
-    x = torch.zeros(1, n_in, *_hw(model.read.size))
     with torch.no_grad():
-        small = model.eval().resizer(x)
-        if small.ndim!=4: raise ValueError(f'a resizer maps (B, C, H, W) to (B, C, h, w): this one maps {tuple(x.shape)} to {tuple(small.shape)}')
+        small = model.eval().resizer(torch.zeros(1, n_in, *_hw(model.read.size)))
         try: model.head(model.body(small))
         except (AssertionError, RuntimeError, ValueError) as e: raise UsageError(f'{name} cannot take images of {"x".join(map(str, small.shape[1:]))}, which the resizer puts out: {e}') from e
     model.train()
@@ -456,12 +503,12 @@ def resizer_learner(
     dls:DataLoaders, # Images and classes, at the resizer's input size
     arch:str|Callable, # Body: a torchvision or fastai function such as `resnet50`, or its name, or timm/NAME
     resizer:str|nn.Module='learned', # One of `resizer_names`, or a module that maps (B, C, H, W) to (B, C', h, w)
-    size:int|tuple=224, # Target size of the resizer in pixels: a number, or (height, width)
+    size:int|tuple=224, # Target size in pixels of a resizer that is given by name: a number, or (height, width)
     normalize:bool=True, # Normalise with the statistics of `body_stats` when pretrained, else with ImageNet's, unless `dls` normalises already
     n_out:int=None, # Classes; by default those of `dls`
     pretrained:bool=True, # Start the body from ImageNet's weights and freeze it, as `vision_learner` does
     weights=None, # Which of torchvision's weights, such as 'IMAGENET1K_V1'; by default the best
-    zero_init:bool=None, # Start a learned resizer as the plain resize; by default when pretrained
+    zero_init:bool=None, # Start `resizer='learned'` as the plain resize; by default when pretrained
     loss_func=None, # By default that of `dls`
     opt_func=FusedAdamW, # Optimizer
     lr:float|slice=defaults.lr, # Default learning rate
@@ -512,14 +559,18 @@ def save_pretrained(self:Learner,
     return self.model.save_pretrained(path, **kwargs)
 
 # %% ../nbs/02_learner.ipynb #cd08f157
+def _stats(model): return dict(mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
+
 @patch(as_prop=True)
 def resizer(self:Learner): return self.model.resizer
 
 @patch(set_prop=True)
-def resizer(self:Learner, resizer:nn.Module):
-    m = self.model
-    _check_stats(dict(mean=m.mean.flatten().tolist(), std=m.std.flatten().tolist()), getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
-    frozen = self.opt.frozen_idx if self.opt else 0
+def resizer(self:Learner,
+    resizer:str|nn.Module, # One of `resizer_names`, or a module, of which a copy is taken
+):
+    m,frozen = self.model,self.opt.frozen_idx if self.opt else 0
+    resizer = make_resizer(resizer, getattr(m.resizer, 'size', 224)) if isinstance(resizer, str) else deepcopy(resizer)
+    _check_stats(_stats(m), getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
     m.set_resizer(resizer.to(one_param(m).device))
     self.create_opt()
     self.opt.freeze_to(frozen)
@@ -530,5 +581,4 @@ def save_resizer(self:Learner,
     file:str|Path, # For the weights; `.json` beside it says how to make it, and how its images are normalised
 ) -> Path: # File of the weights
     "Save the resizer of `resizer_learner` alone, for `load_resizer`"
-    m = self.model
-    return save_resizer(m.resizer, file, mean=m.mean.flatten().tolist(), std=m.std.flatten().tolist())
+    return save_resizer(self.resizer, file, **_stats(self.model))

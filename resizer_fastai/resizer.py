@@ -10,7 +10,8 @@ __all__ = ['interpolate_modes', 'norms', 'resizer_names', 'FixedResizer', 'Resid
 import json, math, torch, torch.nn.functional as F
 from fastcore.basics import store_attr
 from pathlib import Path
-from safetensors.torch import load_file, save_model as save_safetensors
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_safetensors, save_model as save_safetensors
 from torch import nn, Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -139,10 +140,11 @@ class MullerResizer(nn.Module):
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # Resized images, shape (B, C, h, w)
         res = self.resize(x, size)
-        for w,b in zip(self.weight, self.bias):
-            blurred = gaussian_blur(x, self.kernel_size, self.sigma)
-            res = res + torch.tanh(w*self.resize(blurred-x, size) + b)
-            x = blurred
+        with torch.autocast(x.device.type, enabled=False):   # a small difference, which half precision would round away
+            for w,b in zip(self.weight, self.bias):
+                blurred = gaussian_blur(x, self.kernel_size, self.sigma)
+                res = res + torch.tanh(w*self.resize(blurred-x, size) + b)
+                x = blurred
         return res
 
 # %% ../nbs/01_resizer.ipynb #81b65759
@@ -168,8 +170,8 @@ def resizer_config(
 ) -> dict: # None for a module that is not of this library
     "Arguments of `make_resizer` that give a resizer like this one"
     name = next((k for k,(cls,_) in resizer_names.items() if type(resizer) is cls), None)
-    if name is None or isinstance(resizer, nn.Identity): return None
-    return dict(name=name) | resizer.__stored_args__
+    if name is None: return None
+    return dict(name=name) | getattr(resizer, '__stored_args__', {})   # nn.Identity has none
 
 # %% ../nbs/01_resizer.ipynb #a473934a
 def save_resizer(
@@ -182,6 +184,7 @@ def save_resizer(
     config = resizer_config(resizer)
     if config is None: raise ValueError(f'{type(resizer).__name__} is no resizer that can be made by its name: save it with torch.save')
     file = Path(file) if Path(file).suffix=='.safetensors' else Path(f'{file}.safetensors')
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix('.json').write_text(json.dumps(config | dict(mean=mean, std=std), indent=2)+'\n')
     save_safetensors(resizer, str(file))
     return file
@@ -194,10 +197,11 @@ def load_resizer(
     file = Path(file) if Path(file).suffix=='.safetensors' else Path(f'{file}.safetensors')
     missing = [o.name for o in (file, file.with_suffix('.json')) if not o.exists()]
     if missing: raise FileNotFoundError(f'no {" and no ".join(missing)} in {file.parent}')
-    config = json.loads(file.with_suffix('.json').read_text())
-    stats = {k: config.pop(k, None) for k in ('mean','std')}
-    try: resizer = make_resizer(**config)
-    except TypeError as e: raise ValueError(f'{file.with_suffix(".json")} does not describe a resizer: {e}') from None
-    resizer.load_state_dict(load_file(file))
+    try:
+        config = json.loads(file.with_suffix('.json').read_text())
+        stats = {k: config.pop(k, None) for k in ('mean','std')}
+        resizer = make_resizer(**config)
+        load_safetensors(resizer, file)
+    except (AttributeError, RuntimeError, TypeError, ValueError, SafetensorError) as e: raise ValueError(f'{file} and its .json hold no resizer: {e}') from e
     for k,v in stats.items(): setattr(resizer, k, v)
     return resizer.eval()

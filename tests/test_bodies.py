@@ -80,7 +80,7 @@ def test_other_statistics_than_the_weights_want_are_noticed(tmp_path, monkeypatc
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *a, **k: get_body('resnet18')().state_dict())
     dls = new_dls()
     dls.add_tfms([Normalize.from_stats([0.5]*3, [0.5]*3, cuda=False)], 'after_batch')
-    with pytest.warns(UserWarning, match='the weights of resnet18 want mean'): resizer_learner(dls, 'resnet18', size=32, path=tmp_path)
+    with pytest.warns(UserWarning, match='for the weights of resnet18 it should be .*mean.*0.485'): resizer_learner(dls, 'resnet18', size=32, path=tmp_path)
 
 @pytest.mark.parametrize('where,arch', [('torchvision.models._api.load_state_dict_from_url', 'resnet18'), ('timm.create_model', 'timm/resnet18'),
                                         ('fastai.vision.models.xresnet.load_state_dict_from_url', 'xresnet50')])

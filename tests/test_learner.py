@@ -656,6 +656,147 @@ def test_another_resizer_keeps_what_is_frozen(make):
     learn.resizer = FixedResizer(32, antialias=True)
     assert learn.model._hub_mixin_config['resizer_args']['antialias'] and not [n for n, _ in learn.model.named_parameters() if n.startswith('resizer')]
 
+def test_what_an_average_wrote_can_be_read(make, tmp_path):
+    "After the fit, in a new learner, and by `from_pretrained`: what comes back is what was validated."
+    validated = watch('before_validate', lambda cb: state(cb.learn))
+    hub = Callback(after_epoch=lambda self: self.learn.save_pretrained(tmp_path/'m'))
+    learn = make(arch='resnet18', cut=5, metrics=scripted(1, 3), cbs=[EMACallback(0.8), SaveModelCallback('score', fname='best'), validated, hub])
+    learn.fit(2, 1e-2)
+    learn.load('best')
+    assert same(state(learn), validated.seen[1])
+    other = make(arch='resnet18', cut=5)
+    other.load('best')
+    assert same(state(other), validated.seen[1])
+    assert same(ResizerClassifier.from_pretrained(tmp_path/'m').state_dict(), validated.seen[1])
+
+def test_average_is_in_the_file_of_the_end(make, tmp_path):
+    make(cut=5, cbs=EMACallback(0.8)).fit(1, 1e-2, cbs=SaveModelCallback(fname='end', at_end=True))
+    saved = torch.load(tmp_path/'models'/'end.pth')
+    assert any(k.startswith('average.module.') for k in saved.get('model', saved))
+
+def test_load_after_an_interrupted_validation(make):
+    "What is loaded stays, with an average in the learner or not."
+    learn = make(cut=5, cbs=EMACallback(0.9))
+    learn.save('clean')
+    clean = state(learn)
+    stop = Callback(before_validate=ctrl_c)
+    stop.order = 90
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2, cbs=stop)
+    learn.load('clean')
+    learn.validate()
+    assert same(state(learn), clean)
+
+def test_frozen_parts_train_again_after_an_interruption(make):
+    learn = make(cut=5)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2, cbs=[Frozen('body'), Callback(before_step=ctrl_c)])
+    assert moved_by(learn, 1e-2) >= filters(learn)
+
+def test_recalibration_meets_the_other_callbacks(make):
+    "It measures for the average where there is one, and leaves frozen parts as they are."
+    def loss(*cbs):
+        learn = make(new_dls(), cut=5)
+        learn.dls.train.rng = random.Random(0)
+        learn.fit(1, 3e-2, cbs=list(cbs))
+        return learn.recorder.values[-1][1]
+    assert loss(EMACallback(0.8), RecalibrateBN()) < loss(EMACallback(0.8))/2
+    learn = make(cut=5)
+    before = state(learn)
+    learn.fit(1, 1e-2, cbs=[Frozen('body'), RecalibrateBN()])
+    assert {k.split('.')[0] for k in moved(before, state(learn))} == {'resizer', 'head'}
+
+def test_interrupted_recalibration_leaves_momentum(make):
+    learn = make(cut=5)
+    at = learn.model.register_forward_hook(lambda m, *args: ctrl_c() if m.resizer.stem[-1].momentum is None else None)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2, cbs=RecalibrateBN())
+    at.remove()
+    assert {m.momentum for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} == {0.1}
+
+def torch_dls(poison=False):
+    data = [(torch.rand(3, 64, 64)/(0. if poison and i==7 else 1.), i % 3) for i in range(20)]
+    dl = torch.utils.data.DataLoader(data, batch_size=10)
+    return DataLoaders(dl, dl)
+
+def test_callbacks_with_loaders_of_pytorch(make):
+    learn = make(torch_dls(), n_out=3, cut=5, loss_func=CrossEntropyLossFlat(), cbs=[RecalibrateBN(1), EMACallback(0.8), FiniteLoss()])
+    assert moved_by(learn, 1e-2) >= filters(learn)
+    learn = make(torch_dls(poison=True), n_out=3, cut=5, loss_func=CrossEntropyLossFlat(), cbs=FiniteLoss())
+    with pytest.raises(NonFiniteLoss, match='in batch 0 of epoch 0, in training: try') as e: learn.fit(1)
+    assert list(e.value.files) == []
+
+def poison(self): self.learn.loss_grad = self.loss*float('nan'); self.learn.loss = self.loss_grad.detach()
+
+@pytest.mark.parametrize('cbs', [[GradientAccumulation(20)], [Autocast(torch.float16, init_scale=64.)], [MixUp()]], ids=['accumulation', 'float16', 'mixup'])
+def test_a_loss_that_is_not_finite_meets_the_other_callbacks(cbs, make):
+    "It stops at that batch, with the weights as they were."
+    cb = Callback(after_loss=lambda self: poison(self) if self.training and self.iter == 1 else None)
+    learn = make(cut=5, cbs=[FiniteLoss(), cb, *cbs])
+    steps = watch('before_step', lambda o: o.iter, order=-50)
+    with pytest.raises(NonFiniteLoss, match='in batch 1 of epoch 0, in training, with '): learn.fit(1, 1e-2, cbs=steps)
+    assert 1 not in steps.seen and all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_lr_find_ends_at_a_loss_that_is_not_finite(make):
+    "And the weights are those of before."
+    cb = Callback(after_loss=lambda self: poison(self) if self.training and self.learn.opt.hypers[0]['lr'] > 1e-3 else None)
+    learn = make(cut=5, cbs=[FiniteLoss(), cb])
+    before = state(learn)
+    learn.lr_find(num_it=10, show_plot=False, suggest_funcs=None)
+    assert same(before, state(learn)) and len(learn.recorder.losses) < 10
+
+def test_another_resizer_has_to_fit(make):
+    "Its channels are those the body takes; a name will do; a copy is taken; what config.json says brings it back."
+    learn, other = make(arch='resnet18', cut=5), make(cut=5)
+    with pytest.raises(ValueError, match='puts out 1 channels, and the body takes 3'): learn.resizer = Resizer(16, out_channels=1)
+    learn.resizer = other.resizer
+    assert learn.resizer is not other.resizer and same(learn.resizer.state_dict(), other.resizer.state_dict())
+    for name in ('antialias', 'none', 'muller'):
+        learn.resizer = name
+        learn.save_pretrained(learn.path/name)
+        assert type(ResizerClassifier.from_pretrained(learn.path/name).resizer) is type(learn.resizer)
+    strange = Resizer(16)
+    strange.mean, strange.std = [0.5]*3, None
+    with pytest.warns(UserWarning, match='for this resizer it should be .*0.5'): learn.resizer = strange
+
+class Odd(nn.Module):
+    "A user's module with a `mean` of its own"
+    def __init__(self, mean):
+        super().__init__()
+        self.mean = mean
+    def forward(self, x): return F.avg_pool2d(x, 2)
+
+@pytest.mark.parametrize('mean', [0.5, nn.Parameter(torch.zeros(3, 1, 1)), None], ids=['number', 'parameter', 'none'])
+def test_a_module_may_have_a_mean_of_its_own(mean, make):
+    assert make(resizer=Odd(mean), cut=5).get_preds()[0].shape == (20, 10)
+
+@pytest.mark.parametrize('resizer', [nn.Flatten(), nn.Flatten(0), nn.AdaptiveMaxPool2d(8, return_indices=True)], ids=['2d', '1d', 'tuple'])
+def test_what_is_no_resizer_is_refused(resizer, make):
+    with pytest.raises(ValueError, match='a resizer maps'): make(resizer=resizer, cut=5)
+
+def test_a_refused_save_leaves_what_was_there(make, tmp_path):
+    learn = make(arch='resnet18', cut=5)
+    learn.save_pretrained(tmp_path/'m')
+    learn.resizer = Odd(None)
+    with pytest.raises(ValueError, match='cannot hold resizer'): learn.save_pretrained(tmp_path/'m')
+    ResizerClassifier.from_pretrained(tmp_path/'m')
+
+def test_no_validation_images(make):
+    "As with `vision_learner`."
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: image_files(get_path('sample'))[::40], get_y=parent_label,
+                      splitter=IndexSplitter([]), item_tfms=Resize(64))
+    learn = make(block.dataloaders('', bs=5, device='cpu'), cut=5)
+    assert tuple(learn.model.read.size) == (64, 64)
+
+def test_callbacks_find_a_wrapped_model(make):
+    "As fastai's parallel trainers wrap it."
+    class Wrap(Callback):
+        order = -20
+        def before_fit(self): self.learn.model = nn.DataParallel(self.model, device_ids=[])
+        def after_fit(self): self.learn.model = self.model.module
+    dtypes = []
+    learn = make(cut=5, cbs=[Wrap(), Autocast(), ResizerLR(0.5), Frozen('head'), EMACallback(0.8), RecalibrateBN(1)])
+    learn.model.body[0].register_forward_hook(lambda m, inp, out: dtypes.append(out.dtype))
+    changed = moved_by(learn, 1e-2)
+    assert changed >= filters(learn, 'resizer', 'body') and not changed & filters(learn, 'head') and set(dtypes) == {torch.bfloat16}
+
 # ---------------------------------------------------------------- what once went wrong
 
 def test_default_rate_may_be_a_slice(make):
