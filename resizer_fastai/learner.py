@@ -137,7 +137,7 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
     def __init__(self,
         arch:str|Callable='resnet50', # Body: a name as for `get_body`, or a function (which `save_pretrained` refuses, unless it has such a name)
         n_out:int=1000, # Classes
-        resizer:str|nn.Module='learned', # One of `resizer_names`, or a module that maps (B, C, H, W) to (B, C', h, w)
+        resizer:str|nn.Module='learned', # One of `resizer_names`, or a module that maps (B, C, H, W) to (B, C', h, w), of which a copy is taken
         size:int|tuple=224, # Target size of the resizer in pixels: a number, or (height, width)
         n_in:int=3, # Channels of the images
         input_size:int|tuple=448, # Size that `predict` brings images to before the resizer
@@ -157,6 +157,7 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         config = {k:v for k,v in locals().items() if k not in ('self','init','weights','__class__')} | dict(pretrained=False)
         super().__init__()
         resizer_args,head_args = resizer_args or {},head_args or {}
+        if isinstance(resizer, nn.Module): resizer = deepcopy(resizer).cpu()
         self.n_in,self.n_small = n_in,_channels_out(resizer, n_in, input_size) if isinstance(resizer, nn.Module) else resizer_args.get('out_channels', n_in)
         body,nf,pool = make_body(arch, self.n_small, pretrained, weights, cut)
         joint = add_head(body, nf, n_out, init=init, head=custom_head, **dict(pool=pool) | head_args)
@@ -502,7 +503,7 @@ def _check_fit(model, n_in, name):
 def resizer_learner(
     dls:DataLoaders, # Images and classes, at the resizer's input size
     arch:str|Callable, # Body: a torchvision or fastai function such as `resnet50`, or its name, or timm/NAME
-    resizer:str|nn.Module='learned', # One of `resizer_names`, or a module that maps (B, C, H, W) to (B, C', h, w)
+    resizer:str|nn.Module='learned', # One of `resizer_names`, or a module that maps (B, C, H, W) to (B, C', h, w), of which a copy is taken
     size:int|tuple=224, # Target size in pixels of a resizer that is given by name: a number, or (height, width)
     normalize:bool=True, # Normalise with the statistics of `body_stats` when pretrained, else with ImageNet's, unless `dls` normalises already
     n_out:int=None, # Classes; by default those of `dls`
