@@ -26,7 +26,7 @@ def moved(learn):
 
 @pytest.mark.parametrize('arch,size,features', [('resnet18', 32, 512), ('xresnet18', 32, 512), ('convnext_tiny', 32, 768), ('efficientnet_b0', 32, 1280),
     ('shufflenet_v2_x0_5', 32, 1024), ('mobilenet_v2', 32, 1280), (vit, 224, 32), ('timm/resnet18', 32, 512), ('timm/convnext_atto', 32, 320),
-    ('timm/vit_tiny_patch16_224', 224, 192)], ids=str)
+    ('timm/vit_tiny_patch16_224', 224, 192)], ids=lambda o: getattr(o, '__name__', str(o)))
 def test_a_body_of_each_kind(arch, size, features, tmp_path):
     "It trains with the resizer, stands still when frozen, and comes back from files."
     if str(arch).startswith('timm/'): pytest.importorskip('timm')
@@ -40,7 +40,7 @@ def test_a_body_of_each_kind(arch, size, features, tmp_path):
     again = ResizerClassifier.from_pretrained(tmp_path/'m').predict(list(learn.dls.valid_ds.items))[2]
     torch.testing.assert_close(again, learn.get_preds()[0], atol=1e-4, rtol=0)
 
-@pytest.mark.parametrize('arch', [vit, 'timm/vit_tiny_patch16_224'], ids=str)
+@pytest.mark.parametrize('arch', [vit, 'timm/vit_tiny_patch16_224'], ids=lambda o: getattr(o, '__name__', str(o)))
 def test_a_body_of_one_size_says_so(arch, tmp_path):
     "Before anything is trained, in one sentence."
     if arch is not vit: pytest.importorskip('timm')
@@ -106,7 +106,7 @@ def test_cut_is_not_for_timm():
     pytest.importorskip('timm')
     with pytest.raises(UsageError, match='comes cut'): make_body('timm/resnet18', cut=-2)
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=lambda o: getattr(o, '__name__', str(o)))
 def test_half_precision_trains(dtype, tmp_path):
     "Gradients are scaled for float16 and come out as they were; the weights that move are float32."
     learn = make('resnet18', tmp_path, cut=5, cbs=Autocast(dtype, init_scale=1024.))
