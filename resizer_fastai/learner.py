@@ -510,6 +510,7 @@ def resizer_learner(
     pretrained:bool=True, # Start the body from ImageNet's weights and freeze it, as `vision_learner` does
     weights=None, # Which of torchvision's weights, such as 'IMAGENET1K_V1'; by default the best
     zero_init:bool=None, # Start `resizer='learned'` as the plain resize; by default when pretrained
+    lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 when pretrained, else 1
     loss_func=None, # By default that of `dls`
     opt_func=FusedAdamW, # Optimizer
     lr:float|slice=defaults.lr, # Default learning rate
@@ -543,6 +544,8 @@ def resizer_learner(
     model = ResizerClassifier(arch, n_out, resizer, size, n_in, vocab=list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None, **used, **_reading(dls),
                               pretrained=pretrained, weights=weights, resizer_args=resizer_args, head_args=kwargs, cut=cut, init=init, custom_head=custom_head)
     _check_fit(model, n_in, _name(arch))
+    lr_mult = ifnone(lr_mult, 0.01 if pretrained else 1)
+    if lr_mult!=1: cbs = L(cbs) + ResizerLR(lr_mult)
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=cbs, metrics=metrics, path=ifnone(path, Path()),
                     splitter=ifnone(splitter, partial(joint_split, split=model_meta.get(model.arch, {}).get('split', default_split))), model_dir=model_dir, wd=wd,
                     wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)

@@ -30,6 +30,7 @@ def recipe_learner(
     precision:str='auto', # As for `pick_precision`
     path:str|Path='.', # Where the learner writes
     resizer_args:dict=None, # More arguments of the resizer, such as `norm`
+    lr_mult:float=None, # Learning rate of the resizer, as for `resizer_learner`
     cbs=None, # More callbacks
     **kwargs # For `get_dls`: `bs`, `resize`, `cache`, `limit`, `valid_pct`, `noisy`, `num_workers`
 ) -> Learner:
@@ -38,7 +39,7 @@ def recipe_learner(
     dls = get_dls(data, size=out if resizer=='pil' else size, **kwargs)
     set_seed(seed)
     return resizer_learner(dls, arch, resizer, out, pretrained=pretrained, loss_func=LabelSmoothingCrossEntropyFlat(eps=0.1),
-                           metrics=accuracy, path=path, model_dir='checkpoint', resizer_args=resizer_args, **({} if pretrained else plain_head),
+                           metrics=accuracy, path=path, model_dir='checkpoint', resizer_args=resizer_args, lr_mult=lr_mult, **({} if pretrained else plain_head),
                            cbs=[ChannelsLast(), FiniteLoss(), RecalibrateBN(), *precision_cbs(precision, dls.device), *L(cbs)])
 
 # %% ../nbs/04_train.ipynb #db19ebab

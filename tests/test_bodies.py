@@ -4,7 +4,7 @@ import pytest, torch
 from fastai.vision.all import Normalize, ProgressCallback, noop, params
 from torchvision.models import VisionTransformer
 from resizer_fastai.data import UsageError, get_dls
-from resizer_fastai.learner import Autocast, ResizerClassifier, body_stats, get_body, make_body, resizer_learner
+from resizer_fastai.learner import Autocast, ResizerClassifier, ResizerLR, body_stats, get_body, make_body, resizer_learner
 
 def vit(pretrained=False): return VisionTransformer(224, 32, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64)
 
@@ -74,6 +74,7 @@ def test_images_are_normalised_for_pretrained_weights(pretrained, mean, tmp_path
     assert norm.mean.flatten()[0].item() == pytest.approx(mean)
     assert params(learn.resizer)[-2].abs().max().item() == 0 or not pretrained   # zero_init where pretrained
     assert learn.opt is None or learn.opt.frozen_idx == (1 if pretrained else 0)
+    assert [cb.mult for cb in learn.cbs if isinstance(cb, ResizerLR)] == ([0.01] if pretrained else [])
 
 def test_other_statistics_than_the_weights_want_are_noticed(tmp_path, monkeypatch):
     "DataLoaders that normalise already keep their statistics, and a warning says what was wanted."
