@@ -73,6 +73,7 @@ def _make_model(arch, pretrained, weights=None, **kwargs):
     else: kwargs['pretrained'] = pretrained
     try: return make(**kwargs)
     except OSError as e:
+        if not pretrained: raise
         raise OSError(f'the pretrained weights of {_name(arch)} are neither on this machine nor to be '
                       f'downloaded ({e}): train from random weights, without --pretrained or with pretrained=False') from e
 
@@ -490,6 +491,10 @@ def _check_stats(used, mean, std, whose):
     if any(not np.allclose(used[k], o, atol=1e-3) for k,o in wants.items()):
         warn(f'images are normalised with {used}, and for {whose} it should be {wants}: give the DataLoaders Normalize.from_stats with those')
 
+def _stats(model): return dict(mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
+
+def _check_resizer_stats(model, resizer): _check_stats(_stats(model), getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
+
 def _check_fit(model, n_in, name):
     "Raise unless an image passes the model from end to end"
     with torch.no_grad():
@@ -510,7 +515,7 @@ def resizer_learner(
     pretrained:bool=True, # Start the body from ImageNet's weights and freeze it, as `vision_learner` does
     weights=None, # Which of torchvision's weights, such as 'IMAGENET1K_V1'; by default the best
     zero_init:bool=None, # Start `resizer='learned'` as the plain resize; by default when pretrained
-    lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 when pretrained, else 1
+    lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 for a `Resizer` when pretrained, else 1
     loss_func=None, # By default that of `dls`
     opt_func=FusedAdamW, # Optimizer
     lr:float|slice=defaults.lr, # Default learning rate
@@ -537,14 +542,14 @@ def resizer_learner(
     if normalize and n_in==len(stats[0]) and isinstance(dls.train, TfmdDL) and not _normalize(dls):
         dls.add_tfms([NormalizeInPlace.from_stats(*stats, cuda=_device_type(dls)!='cpu')], 'after_batch')
     norm = _normalize(dls)
-    used = dict(mean=norm.mean.flatten().tolist(), std=norm.std.flatten().tolist()) if norm else dict(mean=[0.]*n_in, std=[1.]*n_in)
-    if pretrained: _check_stats(used, *stats, f'the weights of {_name(arch)}')
-    if isinstance(resizer, nn.Module): _check_stats(used, getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
+    used = _stats(norm) if norm else dict(mean=[0.]*n_in, std=[1.]*n_in)
     if resizer=='learned': resizer_args = dict(zero_init=ifnone(zero_init, pretrained)) | (resizer_args or {})
     model = ResizerClassifier(arch, n_out, resizer, size, n_in, vocab=list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None, **used, **_reading(dls),
                               pretrained=pretrained, weights=weights, resizer_args=resizer_args, head_args=kwargs, cut=cut, init=init, custom_head=custom_head)
     _check_fit(model, n_in, _name(arch))
-    lr_mult = ifnone(lr_mult, 0.01 if pretrained else 1)
+    if pretrained: _check_stats(used, *stats, f'the weights of {_name(arch)}')
+    _check_resizer_stats(model, model.resizer)
+    lr_mult = ifnone(lr_mult, 0.01 if pretrained and isinstance(model.resizer, Resizer) else 1)
     if lr_mult!=1: cbs = L(cbs) + ResizerLR(lr_mult)
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=cbs, metrics=metrics, path=ifnone(path, Path()),
                     splitter=ifnone(splitter, partial(joint_split, split=model_meta.get(model.arch, {}).get('split', default_split))), model_dir=model_dir, wd=wd,
@@ -563,8 +568,6 @@ def save_pretrained(self:Learner,
     return self.model.save_pretrained(path, **kwargs)
 
 # %% ../nbs/02_learner.ipynb #cd08f157
-def _stats(model): return dict(mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
-
 @patch(as_prop=True)
 def resizer(self:Learner): return self.model.resizer
 
@@ -574,7 +577,7 @@ def resizer(self:Learner,
 ):
     m,frozen = self.model,self.opt.frozen_idx if self.opt else 0
     resizer = make_resizer(resizer, getattr(m.resizer, 'size', 224)) if isinstance(resizer, str) else deepcopy(resizer)
-    _check_stats(_stats(m), getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
+    _check_resizer_stats(m, resizer)
     m.set_resizer(resizer.to(one_param(m).device))
     self.create_opt()
     self.opt.freeze_to(frozen)

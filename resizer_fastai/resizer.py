@@ -174,6 +174,8 @@ def resizer_config(
     return dict(name=name) | getattr(resizer, '__stored_args__', {})   # nn.Identity has none
 
 # %% ../nbs/01_resizer.ipynb #a473934a
+def _weights_file(file): return Path(file) if Path(file).suffix=='.safetensors' else Path(f'{file}.safetensors')
+
 def save_resizer(
     resizer:nn.Module, # `Resizer`, `MullerResizer` or `FixedResizer`
     file:str|Path, # For the weights; `.safetensors` is added where it is missing
@@ -183,7 +185,7 @@ def save_resizer(
     "Save a resizer alone: its weights, and in a `.json` beside them how to make it"
     config = resizer_config(resizer)
     if config is None: raise ValueError(f'{type(resizer).__name__} is no resizer that can be made by its name: save it with torch.save')
-    file = Path(file) if Path(file).suffix=='.safetensors' else Path(f'{file}.safetensors')
+    file = _weights_file(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix('.json').write_text(json.dumps(config | dict(mean=mean, std=std), indent=2)+'\n')
     save_safetensors(resizer, str(file))
@@ -194,7 +196,7 @@ def load_resizer(
     file:str|Path, # File of weights that `save_resizer` wrote, with or without `.safetensors`
 ) -> nn.Module: # In evaluation mode, on the CPU; `.mean` and `.std` are the statistics it was saved with, or None
     "Load a resizer that was saved alone: every key and every weight has to fit"
-    file = Path(file) if Path(file).suffix=='.safetensors' else Path(f'{file}.safetensors')
+    file = _weights_file(file)
     missing = [o.name for o in (file, file.with_suffix('.json')) if not o.exists()]
     if missing: raise FileNotFoundError(f'no {" and no ".join(missing)} in {file.parent}')
     try:

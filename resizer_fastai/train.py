@@ -21,7 +21,7 @@ plain_head = dict(lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=No
 # %% ../nbs/04_train.ipynb #67c5f4e5
 def recipe_learner(
     data:str|Path='imagenette', # As for `get_path`
-    arch:str='resnet50', # Body, one of `body_names`
+    arch:str|Callable='resnet50', # Body, as for `get_body`
     resizer:str='learned', # One of `resizer_names`
     size:int|tuple=448, # Input size in pixels: a number, or (height, width)
     out:int|tuple=224, # Target size of the resizer in pixels

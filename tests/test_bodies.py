@@ -83,6 +83,13 @@ def test_other_statistics_than_the_weights_want_are_noticed(tmp_path, monkeypatc
     dls.add_tfms([Normalize.from_stats([0.5]*3, [0.5]*3, cuda=False)], 'after_batch')
     with pytest.warns(UserWarning, match='for the weights of resnet18 it should be .*mean.*0.485'): resizer_learner(dls, 'resnet18', size=32, path=tmp_path)
 
+@pytest.mark.parametrize('kwargs,mults', [({}, [0.01]), (dict(lr_mult=0.5), [0.5]), (dict(lr_mult=1), []), (dict(resizer='muller'), []), (dict(resizer='bilinear'), [])], ids=str)
+def test_rate_of_the_resizer_in_front_of_pretrained_weights(kwargs, mults, tmp_path, monkeypatch):
+    "A hundredth for a learned one unless told otherwise; four parameters or none have the head's."
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *a, **k: get_body('resnet18')().state_dict())
+    learn = make('resnet18', tmp_path, pretrained=True, cut=5, **kwargs)
+    assert [cb.mult for cb in learn.cbs if isinstance(cb, ResizerLR)] == mults
+
 @pytest.mark.parametrize('where,arch', [('torchvision.models._api.load_state_dict_from_url', 'resnet18'), ('timm.create_model', 'timm/resnet18'),
                                         ('fastai.vision.models.xresnet.load_state_dict_from_url', 'xresnet50')])
 def test_no_weights_to_be_had(where, arch, tmp_path, monkeypatch):
