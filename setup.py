@@ -18,7 +18,7 @@ setup(
                  'Intended Audience :: Science/Research', f'Natural Language :: {cfg["language"]}',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=[cfg['lib_path'], f'{cfg["lib_path"]}.*']), include_package_data=True,
+    packages=find_packages(include=[cfg['lib_path'], f'{cfg["lib_path"]}.*']), package_data={cfg['lib_path']: ['templates/*']},
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d']},

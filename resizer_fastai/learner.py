@@ -229,23 +229,29 @@ def from_pretrained(cls:ResizerClassifier,
 _grey = [0.299,0.587,0.114]   # as Pillow mixes red, green and blue
 
 @patch
+def read_batch(self:ResizerClassifier,
+    images, # File names, PIL images or uint8 arrays of shape (H, W, 3); one, or a list
+) -> Tensor: # Normalised images, shape (N, n_in, H, W), where the model is
+    "Bring raw images to `input_size`, scale them to 0..1, and normalise them with `mean` and `std`"
+    if self.n_in not in (1,3): raise ValueError(f'only grey and RGB images can be read, and this model wants {self.n_in} channels: call it on a batch')
+    images = images if isinstance(images, (list,tuple,L)) else [images]
+    x = torch.stack([self.read.encodes(o).as_subclass(Tensor) for o in images]).to(self.mean.device).permute(0,3,1,2)
+    if self.n_in==1: x = (x*x.new_tensor(_grey, dtype=torch.float).view(3,1,1)).sum(1, keepdim=True).round()
+    return (x/255-self.mean)/self.std
+
+# %% ../nbs/02_learner.ipynb #39b8d7be
+@patch
 @torch.no_grad()
 def predict(self:ResizerClassifier,
-    images, # File names, PIL images or uint8 arrays of shape (H, W, 3); one, or a list
+    images, # As for `read_batch`
     bs:int=64, # Images at once
 ) -> tuple: # Names of the classes (or None without `vocab`), their indices, and probabilities of shape (N, n_out)
-    "Classify raw images, brought to `input_size` and normalised with `mean` and `std`, in evaluation mode"
-    if self.n_in not in (1,3): raise ValueError(f'predict takes grey or RGB images, and this model wants {self.n_in} channels: call it on a batch')
+    "Classify raw images in evaluation mode"
     images = images if isinstance(images, (list,tuple,L)) else [images]
     was_training = self.training
     self.eval()
-    def probs_of(b):
-        x = torch.stack([self.read.encodes(o).as_subclass(Tensor) for o in b]).to(self.mean.device).permute(0,3,1,2)
-        if self.n_in==1: x = (x*x.new_tensor(_grey, dtype=torch.float).view(3,1,1)).sum(1, keepdim=True).round()
-        return self((x/255-self.mean)/self.std).float().softmax(1).cpu()
-    probs = [probs_of(b) for b in chunked(images, bs)]
+    probs = torch.cat([self(self.read_batch(b)).float().softmax(1).cpu() for b in chunked(images, bs)])
     self.train(was_training)
-    probs = torch.cat(probs)
     idxs = probs.argmax(1)
     return [self.vocab[i] for i in idxs] if self.vocab else None, idxs, probs
 

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['plain_head', 'recipe_learner', 'MetricsLog', 'Checkpoint', 'data_fingerprint', 'device_name', 'versions',
-           'describe_run', 'save_run', 'save_picture', 'run_name', 'resizer_train']
+           'multiply_adds', 'describe_run', 'save_run', 'plot_curves', 'save_figure', 'save_pictures', 'run_pictures',
+           'read_run', 'made_with', 'run_report', 'run_name', 'resizer_train']
 
 # %% ../nbs/04_train.ipynb #66b62f42
 from fastai.vision.all import *
 from .data import UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
 from .resizer import make_resizer
 from .learner import FiniteLoss, RecalibrateBN, get_body, pick_precision, precision_cbs, resizer_learner
-from .show import resized_images   # and `Learner.show_resized` with it
+from .show import Film, ResizerInterpretation, picture, section, write_report
 from . import __version__
+from collections import Counter
+from matplotlib.ticker import MaxNLocator
+from torch.utils.flop_counter import FlopCounterMode
 import csv, fastai, hashlib, platform, shlex, shutil, torchvision
 
 # %% ../nbs/04_train.ipynb #deb81238
@@ -109,6 +113,16 @@ def versions():
 # %% ../nbs/04_train.ipynb #87bcb242
 def _said(v): return 'x'.join(map(str, v)) if is_listy(v) else str(v)
 
+def multiply_adds(
+    module:nn.Module,
+    shape:tuple, # Of one image, (C, H, W)
+) -> int:
+    "Multiply-adds of a forward pass over one image, in convolutions and matrix products"
+    was,like = module.training,first(itertools.chain(module.parameters(), [torch.zeros(())]))
+    with FlopCounterMode(display=False) as count, torch.no_grad(): module.eval()(torch.zeros(1, *shape, device=like.device))
+    module.train(was)
+    return count.get_total_flops()//2
+
 def _flag(k, v):
     if v is True: return f'--{k}'
     return f'--{k} {shlex.quote(_said(v))}'
@@ -130,31 +144,127 @@ def describe_run(
                 data=dict(fingerprint=data_fingerprint([*train, *valid], root), train=len(train), valid=len(valid), left_out=len(learn.dls.left_out), classes=list(learn.dls.vocab),
                           median_short_side=int(np.median(sides)), enlarged=float((sides<input_size).mean())),
                 parameters=dict(resizer=sum(p.numel() for p in learn.model.resizer.parameters()), all=sum(p.numel() for p in learn.model.parameters())),
+                multiply_adds={k: multiply_adds(m, (learn.model.n_in, *learn.model.read.size)) for k,m in dict(resizer=learn.resizer, all=learn.model).items()},
                 metrics=None)
 
-# %% ../nbs/04_train.ipynb #d7bda5e0
+# %% ../nbs/04_train.ipynb #49556e6e
 def save_run(
     learn:Learner, # A trained learner, whose `path` is the run folder
     root:Path, # Folder of the data
+    interp:ResizerInterpretation, # Of the validation set
 ):
     "Write predictions, model and resizer into the run folder"
-    with learn.no_bar(): preds,targs = learn.get_preds()
     names = [f.relative_to(root).as_posix() for f in learn.dls.valid_ds.items]
-    np.savez_compressed(learn.path/'preds.npz', probs=preds.numpy(), targets=targs.numpy(), names=names)
+    np.savez_compressed(learn.path/'preds.npz', probs=interp.preds.numpy(), targets=interp.targs.numpy(), names=names)
     learn.save_pretrained(learn.path/'model')
     if params(learn.resizer): learn.save_resizer(learn.path/'resizer')
 
-def save_picture(
-    learn:Learner, # A trained learner, whose `path` is the run folder
-    n:int=10, # Show this many classes
-) -> Path:
-    "Write what `show_resized` shows of the first `n` classes to `images/resized.png`"
-    file = learn.path/'images'/'resized.png'
+# %% ../nbs/04_train.ipynb #143d8613
+def plot_curves(
+    metrics:pd.DataFrame, # Rows of `metrics.csv`
+    figsize:tuple=(9,3.2), # In inches
+) -> plt.Figure:
+    "Losses and validation accuracy by epoch"
+    fig,(left,right) = plt.subplots(1, 2, figsize=figsize, layout='constrained')
+    for k,colour in dict(train_loss='#0072B2', valid_loss='#D55E00').items(): left.plot(metrics.epoch, metrics[k], marker='.', color=colour, label=k.replace('_loss', ''))
+    right.plot(metrics.epoch, 100*metrics.accuracy, marker='.', color='#D55E00')
+    left.set(xlabel='epoch', ylabel='loss'), right.set(xlabel='epoch', ylabel='validation accuracy, %')
+    left.legend()
+    for ax in (left,right): ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return fig
+
+def save_figure(
+    fig:plt.Figure,
+    file:Path, # Image file to write
+) -> Path: # `file`
+    "Write a figure and close it"
     file.parent.mkdir(exist_ok=True)
-    fig = learn.show_resized(classes=list(learn.dls.vocab)[:n])
     fig.savefig(file, dpi=100)
     plt.close(fig)
     return file
+
+# %% ../nbs/04_train.ipynb #1bebdf0f
+def save_pictures(
+    learn:Learner, # A trained learner, whose `path` is the run folder
+    interp:ResizerInterpretation, # Of the validation set
+    metrics:pd.DataFrame, # Rows of `metrics.csv`
+    n:int=10, # Show this many classes
+) -> Path: # Folder of the pictures
+    "Draw what a report shows"
+    classes,resizer = [interp.vocab[i] for i in interp.targs.unique()[:n]],learn.resizer
+    draw = dict(curves=partial(plot_curves, metrics), resized=partial(learn.show_resized, classes=classes), top_losses=partial(interp.plot_top_losses, 8))
+    if not isinstance(resizer, nn.Identity): draw |= dict(spectrum=partial(learn.plot_spectrum, classes=classes), response=learn.plot_response)
+    if params(resizer) and hasattr(learn, 'film'): draw |= dict(film=learn.plot_film)
+    side = 2+0.4*len(interp.vocab)
+    if len(interp.vocab)<=40: draw |= dict(confusion=partial(interp.plot_confusion_matrix, figsize=(side,side)))
+    folder = learn.path/'images'
+    for name,f in draw.items(): save_figure(f(), folder/f'{name}.png')
+    return folder
+
+# %% ../nbs/04_train.ipynb #f53d6584
+_pictures = dict(
+    curves=('Losses and validation accuracy over the epochs', ''),
+    resized=('Images of each class before and after the resizer, beside plain resizes', 'The range that is black and white in the resizer\'s column stands above it, and is the same for every row.'),
+    film=('What the resizer made of some images, from the first epoch to the last', 'One range of black and white for all of them.'),
+    spectrum=('Power spectra of each class before and after the resizer', 'Detail beyond the dashed line cannot be in the small image. Where a small image has more power than the input, that was folded down, or made.'),
+    response=('A zone plate after several resizers, and their gain for gratings by frequency', 'Beyond the dashed line all that comes through is folded.'),
+    confusion=('Confusion matrix', ''),
+    top_losses=('The validation images with the largest losses, before and after the resizer', ''))
+
+def run_pictures(
+    path:Path, # Run folder
+    *names:str, # Of pictures, such as 'resized'
+) -> list: # From `picture`
+    "The pictures of a run that there are, for `section`"
+    return [picture(f, *_pictures[f.stem]) for f in (path/'images'/f'{n}.png' for n in names) if f.exists()]
+
+def _confused(path, classes, n=10):
+    "The pairs of actual and predicted class that are mistaken most often"
+    preds = np.load(path/'preds.npz')
+    pairs = Counter((int(t),int(p)) for t,p in zip(preds['targets'], preds['probs'].argmax(1)) if t!=p)
+    return [[classes[t], classes[p], k] for (t,p),k in pairs.most_common(n)]
+
+# %% ../nbs/04_train.ipynb #0a581eac
+def read_run(
+    path:str|Path, # Run folder
+) -> dict: # `metrics` are None unless the run is finished
+    "The `run.json` of a run"
+    try: return json.loads((Path(path)/'run.json').read_text())
+    except (OSError, ValueError): raise UsageError(f'{path} is no run of this project') from None
+
+def _run_facts(run):
+    "What a run came to and what it costs, for people"
+    m,p,ma = run['metrics'],run['parameters'],run['multiply_adds']
+    return [('accuracy', f'{100*m["accuracy"]:.2f} %'), ('validation loss', f'{m["valid_loss"]:.3f}'), ('epochs', m['epoch']+1), ('training', f'{m["seconds"]:.0f} s'),
+            ('training, images/s', f'{m["train_images_per_second"]:.0f}'), ('inference, images/s', f'{m["inference_images_per_second"]:.0f}'),
+            ('parameters, resizer', f'{p["resizer"]:,}'), ('parameters, all', f'{p["all"]:,}'),
+            ('multiply-adds, resizer', f'{ma["resizer"]/1e9:.3f} G'), ('multiply-adds, all', f'{ma["all"]/1e9:.3f} G')]
+
+def made_with(
+    run:dict, # `run.json`
+) -> list: # Rows of a name and a value
+    "Machine, versions and data of a run"
+    d = run['data']
+    return [['device', run['device']], ['precision', run['precision']], *[[k, v] for k,v in run['versions'].items()],
+            ['data', run['args']['data']], ['fingerprint', d['fingerprint']], ['training images', d['train']], ['validation images', d['valid']],
+            ['files left out', d['left_out']], ['classes', len(d['classes'])], ['short side at the median, pixels', d['median_short_side']], ['images enlarged', f'{d["enlarged"]:.0%}']]
+
+# %% ../nbs/04_train.ipynb #1660e7a5
+def run_report(
+    path:Path, # A finished run
+) -> Path: # `report.html` in it
+    "Write the page that tells what a run was and what came out"
+    run,metrics = read_run(path),pd.read_csv(path/'metrics.csv')
+    a,d = run['args'],run['data']
+    lead = [f'{a["arch"]} behind the resizer "{a["resizer"]}", {_said(a["size"])} to {_said(a["out"])} pixels, on {a["data"]}: '
+            f'{100*run["metrics"]["accuracy"]:.2f} % of {d["valid"]} validation images are right after epoch {len(metrics)}.']
+    sections = [section('Learning curves', pictures=run_pictures(path, 'curves'), details=dict(title='Every epoch', table=(list(metrics), metrics.values.tolist()))),
+                section('What the resizer does', pictures=run_pictures(path, 'resized', 'film')),
+                section('Spectra', pictures=run_pictures(path, 'spectrum', 'response')),
+                section('Mistakes', pictures=run_pictures(path, 'confusion', 'top_losses'), table=(['actual','predicted','images'], _confused(path, d['classes']))),
+                section('How it was made', code=run['command'], table=(['what','value'], made_with(run)))]
+    keep = [s for s in sections if s['pictures'] or s['table']]
+    return write_report(path/'report.html', path.name, lead, _run_facts(run), keep)
 
 # %% ../nbs/04_train.ipynb #e4624f27
 def run_name(
@@ -201,7 +311,7 @@ def resizer_train(
     if path.exists(): raise UsageError(f'{path} exists: give the run another --name, or remove that folder')
     root,log = get_path(data),MetricsLog()
     if path.resolve().is_relative_to(root.resolve()): raise UsageError(f'{path} would lie in the data, {root}: give another folder for the --runs')
-    learn = recipe_learner(data, arch, resizer, size, out, seed, pretrained, precision, path, cbs=[log, Checkpoint()],
+    learn = recipe_learner(data, arch, resizer, size, out, seed, pretrained, precision, path, cbs=[log, Checkpoint(), Film()],
                            bs=bs, limit=limit, valid_pct=valid_pct, noisy=noisy, resize=resize, cache=cache, num_workers=workers)
     run = describe_run(learn, root, args)
     path.mkdir(parents=True)
@@ -216,11 +326,15 @@ def resizer_train(
                                           f'and {run["data"]["enlarged"]:.0%} of them are enlarged on the way in', flush=True)
     set_seed(seed)
     (learn.fine_tune if pretrained else learn.fit_one_cycle)(epochs, lr)
-    run['metrics'] = dict(log.rows[-1], seconds=round(sum(o['seconds'] for o in log.rows), 2), peak_memory=_peak_memory(learn.dls.device))
-    save_run(learn, root)
+    start = time.perf_counter()
+    with learn.no_bar(): interp = learn.interpret()
+    run['metrics'] = dict(log.rows[-1], seconds=round(sum(o['seconds'] for o in log.rows), 2), peak_memory=_peak_memory(learn.dls.device),
+                          inference_images_per_second=round(run['data']['valid']/(time.perf_counter()-start), 2))
+    save_run(learn, root, interp)
     _write_json(path/'run.json', run)
-    picture = save_picture(learn)
+    save_pictures(learn, interp, pd.DataFrame(log.rows))
+    report = run_report(path)
     shutil.rmtree(path/'checkpoint')
     print(f'{resizer}: accuracy {100*run["metrics"]["accuracy"]:.2f} % after {len(log.rows)} epochs and {run["metrics"]["seconds"]:.0f} s; '
-          f'see {picture}', flush=True)
+          f'see {report}', flush=True)
     return learn
