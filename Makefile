@@ -7,10 +7,10 @@ export MPLBACKEND ?= agg
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test notebooks export readme clean
+.PHONY: help install train test test-browser notebooks export readme clean
 
 help:       ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv and install the pinned set (several GB, once)
 
@@ -25,6 +25,11 @@ train: $(INSTALLED)  ## train both arms and compare them; ARGS="--data imagewoof
 
 test: $(INSTALLED)  ## run every notebook as nbdev_test does, then tests/; ARGS="-k name" for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(ARGS)
+
+test-browser: $(INSTALLED)  ## explore in a real JupyterLab, and reports, in headless Chromium; installs both (Debian, root or sudo)
+	command -v chromedriver >/dev/null || $$([ $$(id -u) = 0 ] || echo sudo) sh -c 'apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver'
+	$(BIN)/python -m pip install -q -e '.[browser]'
+	$(BIN)/python -m pytest tests/browser/in_chromium.py $(ARGS)
 
 export: $(INSTALLED)  ## write the library and README.md from the notebooks
 	$(BIN)/nbdev_export

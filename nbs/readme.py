@@ -7,13 +7,13 @@ pictures = {'image/png': 'png', 'image/jpeg': 'jpg'}
 
 def text(o): return ''.join(o) if isinstance(o, list) else o
 
-def output(out, files):
+def output(out, files, alt):
     data = out.get('data', {})
     for kind, ext in pictures.items():
         if kind in data:
             name = f'images/index-{len(files)}.{ext}'
             files[nbs/name] = base64.b64decode(text(data[kind]))
-            return f'![](nbs/{name})'
+            return f'![{alt}](nbs/{name})'
     if 'text/html' in data: return text(data['text/html']) if '<table' in text(data['text/html']) else ''
     if 'text/markdown' in data: return text(data['text/markdown']).strip()
     plain = text(data.get('text/plain', out.get('text', '')) if out.get('name') != 'stderr' else '').strip()
@@ -21,13 +21,14 @@ def output(out, files):
 
 def cell(c, files):
     source = text(c['source']).strip()
-    if c['cell_type'] != 'code': return [re.sub(r'\]\(([\w/]+\.ipynb)\)', r'](nbs/\1)', source)]
+    if c['cell_type'] != 'code': return [re.sub(r'\]\(([\w/-]+\.(ipynb|jpg|png))\)', r'](nbs/\1)', source)]
     lines = source.split('\n')
     flags = {o[2:].split(':')[0].strip() for o in lines if o.startswith('#|')}
     if 'hide' in flags: return []
     code = '\n'.join(o for o in lines if not o.startswith('#|')).strip()
     shown = [] if 'hide_input' in flags else [f'```python\n{code}\n```']
-    return shown + [output(o, files) for o in c['outputs']]
+    outputs = [output(o, files, code.split('\n')[-1].split('(')[0]) for o in c['outputs']]
+    return shown + ([] if 'output' in flags else outputs)   # `output: false`: the picture is shown elsewhere
 
 def readme():
     "Contents of every file that index.ipynb makes"

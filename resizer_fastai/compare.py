@@ -77,8 +77,8 @@ def results_table(
         acc = [100*r['metrics']['accuracy'] for r in runs]
         diff,lo,hi = _difference(cells, arm, base) if arm!=base else [math.nan]*3
         rows.append(dict(arm=arm, seeds=len(runs), accuracy=np.mean(acc), sd=np.std(acc, ddof=1) if len(acc)>1 else math.nan,
-                         difference=diff, low=lo, high=hi, parameters=runs[0]['parameters']['resizer'],
-                         seconds=np.mean([r['metrics']['seconds'] for r in runs])))
+                         difference=diff, low=lo, high=hi, parameters=runs[0]['parameters']['resizer'], multiply_adds=runs[0]['multiply_adds']['all'],
+                         **{k: np.mean([r['metrics'][k] for r in runs]) for k in ('seconds','train_images_per_second','inference_images_per_second')}))
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_compare.ipynb #f018fb80
@@ -111,8 +111,8 @@ def people_rows(
     def cells(r):
         sd = '' if math.isnan(r.sd) else f' ± {r.sd:.2f}'
         diff = '' if math.isnan(r.difference) else f'{r.difference:+.2f} ({r.low:+.2f} to {r.high:+.2f})'
-        return [r.arm, f'{r.accuracy:.2f}{sd}', r.seeds, diff, r.parameters, f'{r.seconds:.0f}']
-    rows = [['arm', 'accuracy, %', 'seeds', 'difference, points (95 % interval)', 'parameters of the resizer', 'training, s']]
+        return [r.arm, f'{r.accuracy:.2f}{sd}', r.seeds, diff, r.parameters, f'{r.multiply_adds/1e9:.3g}', f'{r.seconds:.0f}', f'{r.train_images_per_second:.0f} / {r.inference_images_per_second:.0f}']
+    rows = [['arm', 'accuracy, %', 'seeds', 'difference, points (95 % interval)', 'parameters of the resizer', 'multiply-adds of all, G', 'training, s', 'images/s, training / inference']]
     return rows + [cells(r) for r in df.itertuples()]
 
 def markdown_table(
@@ -175,7 +175,7 @@ def disagreements(
     "Images that one run gets right and the other wrong, the clearest first"
     pa,pb = _predictions(Path(a)),_predictions(Path(b))
     if set(pa.index)!=set(pb.index): raise UsageError(f'{a} and {b} have other validation images')
-    df = pa.join(pb.drop(columns='target'), lsuffix='_a', rsuffix='_b')
+    df = pa.merge(pb.drop(columns='target'), on='file', suffixes=('_a','_b'))
     right_a,right_b = df.predicted_a==df.target,df.predicted_b==df.target
     df = df.assign(right=np.where(right_a, 'a', 'b'), margin=(df.true_a-df.true_b).abs())[right_a!=right_b]
     return df.sort_values('margin', ascending=False, kind='stable').drop(columns=['true_a','true_b']).reset_index()
@@ -246,14 +246,18 @@ def transfer_resizer(
 
 # %% ../nbs/05_compare.ipynb #283119f8
 def plot_runs(
-    runs:pd.DataFrame, # From `runs_table`
-    figsize:tuple=(8,3.6), # In inches
+    cells:dict, # Arm -> folders of its runs, in the order of the seeds
+    figsize:tuple=(10,3.8), # In inches
 ) -> plt.Figure:
-    "Accuracy against training time, a dot a run"
-    fig,ax = plt.subplots(figsize=figsize, layout='constrained')
-    for (arm,d),marker in zip(runs.groupby('arm', sort=False), itertools.cycle('os^Dvx*')): ax.scatter(d.seconds, d.accuracy, marker=marker, label=arm)
-    ax.set(xlabel='training, s', ylabel='validation accuracy of the last epoch, %', xlim=(0,None))
-    ax.legend()
+    "Validation accuracy by epoch, a line a run, and the last one against training time, a dot a run"
+    fig,(left,right) = plt.subplots(1, 2, figsize=figsize, sharey=True, layout='constrained')
+    for i,((arm,paths),marker) in enumerate(zip(cells.items(), itertools.cycle('os^Dvx*'))):
+        curves = [pd.read_csv(p/'metrics.csv') for p in paths]
+        for m in curves: left.plot(m.epoch, 100*m.accuracy, color=f'C{i}', lw=1)
+        right.scatter([m.seconds.sum() for m in curves], [100*m.accuracy.iloc[-1] for m in curves], color=f'C{i}', marker=marker, label=arm)
+    left.set(xlabel='epoch', ylabel='validation accuracy, %')
+    right.set(xlabel='training, s', xlim=(0, 1.08*right.get_xlim()[1]))
+    right.legend()
     return fig
 
 # %% ../nbs/05_compare.ipynb #9030bc90
@@ -272,14 +276,15 @@ def comparison_report(
 ) -> Path: # `report.html` in `root`
     "Write the page that tells what was compared and what came out"
     runs,first_run = runs_table(cells),read_run(cells[base][0])
-    dots = picture(save_figure(plot_runs(runs), root/'images'/'runs.png'), 'Accuracy against training time, a dot a run')
+    curves = picture(save_figure(plot_runs(cells), root/'images'/'runs.png'), 'Accuracy by epoch, a line a run, and against training time, a dot a run')
     head,*rows = people_rows(df)
-    seen = [section(f'What {arm} does', pictures=run_pictures(paths[0], 'resized', 'spectrum', 'response')) for arm,paths in cells.items() if read_run(paths[0])['parameters']['resizer']]
+    seen = [section(f'What {arm} does', pictures=run_pictures(paths[0], 'resized', 'spectrum', 'response', 'confusion', 'top_losses'))
+            for arm,paths in cells.items() if read_run(paths[0])['parameters']['resizer']]
     other = next((o for o in ('learned', *cells) if o in cells and o!=base), None)
     differ = _differing(root, cells[other][0], cells[base][0], (other,base)) if other else []
     names = ['arm','seed','accuracy','valid_loss','seconds']
-    sections = [section('Results', *said, table=(head,rows), pictures=[dots], details=dict(title='Every run', table=(names, runs[names].values.tolist()))),
-                *seen, section('Where they differ', pictures=differ), section('How it was made', code=_command(cells), table=(['what','value'], made_with(first_run)))]
+    sections = [section('Results', *said, table=(head,rows), pictures=[curves], details=dict(title='Every run', table=(names, runs[names].values.tolist()))),
+                *seen, section('Where they differ', pictures=differ), section('How it was made', 'Images a second are those of the whole loop, reading included.', code=_command(cells), table=(['what','value'], made_with(first_run)))]
     return write_report(root/'report.html', root.name, [_source_line(cells)], [], [o for o in sections if o['pictures'] or o['table']])
 
 # %% ../nbs/05_compare.ipynb #b5aa5d59

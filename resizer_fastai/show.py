@@ -73,7 +73,7 @@ def _batch(learn, items):
         return learn.model.read_batch(items), [o.name if isinstance(o, Path) else Path(o).name if isinstance(o, str) else '' for o in items]
     n = len(learn.dls.valid_ds)
     if min(items)<0 or max(items)>=n: raise ValueError(f'the validation set holds images 0 to {n-1}: got {items}')
-    b = first(learn.dls.valid.new(bs=len(items), shuffle=False, num_workers=0, get_idxs=lambda: items))
+    with no_random(reproducible=False): b = first(learn.dls.valid.new(bs=len(items), shuffle=False, num_workers=0, get_idxs=lambda: items))
     return b[0], [_label(learn.dls, b[1][i]) for i in range(len(items))]
 
 def _label(dls, y):
@@ -81,7 +81,7 @@ def _label(dls, y):
     return str(dls.vocab[int(y)]) if y.ndim==0 else ';'.join(str(c) for c,o in zip(dls.vocab, y) if o)
 
 def _chosen(learn, per_class, items, classes):
-    return _batch(learn, ifnone(items, _pick_flat(learn.dls, per_class, classes)))
+    return _batch(learn, _pick_flat(learn.dls, per_class, classes) if items is None else items)
 
 # %% ../nbs/03_show.ipynb #3099c09d
 def value_range(
@@ -103,7 +103,7 @@ def draw_image(
 ):
     "Draw an image without ticks"
     im = ((im-lo)/max(hi-lo, 1e-6)).clamp(0,1)
-    ax.imshow(im.permute(1,2,0) if len(im)==3 else im.mean(0), cmap='gray', vmin=0, vmax=1)
+    ax.imshow((im.permute(1,2,0) if len(im)==3 else im.mean(0)).numpy(), cmap='gray', vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
 
 # %% ../nbs/03_show.ipynb #4eb56a55
@@ -133,7 +133,7 @@ def show_resized(self:Learner,
         for ax,im in zip(axs[:,j], v): draw_image(ax, im, *((lo,hi) if k=='resized' else ()))
         axs[0,j].set_title(f'{name if k=="resized" else k}, {_size(v)}\n{said if k=="resized" else "0 to 1"}', fontsize=8)
     for row,label,d in zip(axs, labels, diff):
-        shown = row[-1].imshow(d, cmap='RdBu_r', vmin=-top, vmax=top)
+        shown = row[-1].imshow(d.numpy(), cmap='RdBu_r', vmin=-top, vmax=top)
         row[0].set_ylabel(label)
         row[-1].set(xticks=[], yticks=[])
     axs[0,-1].set_title(f'{name} - {base}', fontsize=8)
@@ -156,9 +156,8 @@ class Film(Callback):
         if getattr(self, 'training_epoch', False): self._keep()
         self.training_epoch = False
     def _keep(self):
-        with no_random():
-            if not self.frames: self.batch,self.labels = _batch(self.learn, ifnone(self.items, _pick_flat(self.dls)[:self.n]))
-            self.frames.append(resized_views(self.model, self.batch, ())['resized'].half())
+        if not self.frames: self.batch,self.labels = _batch(self.learn, _pick_flat(self.dls)[:self.n] if self.items is None else self.items)
+        self.frames.append(resized_views(self.model, self.batch, ())['resized'].half())
 
 # %% ../nbs/03_show.ipynb #cee306e8
 @patch
@@ -233,13 +232,13 @@ def plot_spectrum(self:Learner,
     for ax in axs.flat[len(spectra):]: ax.remove()
     for ax,(c,curves) in zip(axs.flat, spectra.items()):
         limit = ax.axvline(curves['resized'][0][-1], color='gray', ls='--', lw=1)
-        lines = [ax.plot(f, p, color=_colours[k], lw=1.2)[0] for k,(f,p) in curves.items()]
+        lines = [ax.plot(f.numpy(), p.numpy(), color=_colours[k], lw=1.2)[0] for k,(f,p) in curves.items()]
         ax.set_title(str(c), fontsize=9)
         ax.set_yscale('log')
     fig.supxlabel('frequency, cycles per pixel of the input', fontsize=9)
-    fig.supylabel('power spectral density, (black to white)² px²', fontsize=9)
+    fig.supylabel('power spectral density\n(black to white)² px²', fontsize=9)
     names = [resizer_title(self.resizer) if k=='resized' else k for k in curves]
-    fig.legend([*lines, limit], [*names, 'Nyquist limit of the target'], loc='outside upper center', ncols=len(names)+1, fontsize=9)
+    fig.legend([*lines, limit], [*names, 'Nyquist limit of the target'], loc='outside upper center', ncols=min(len(names)+1, 2*cols), fontsize=9)
     return fig
 
 # %% ../nbs/03_show.ipynb #3397b58d
@@ -350,7 +349,7 @@ def show_cam(self:Learner,
     for row,label,im,small,cam,t,p in zip(axs, labels, views['input'], views['resized'], cams, targets, probs):
         draw_image(row[0], im), draw_image(row[1], im), draw_image(row[2], small, lo, hi)
         for ax,o in ((row[1],im),(row[2],small)):
-            shown = ax.imshow(cam, cmap='viridis', vmin=0, vmax=1, alpha=0.55, extent=(-0.5,o.shape[-1]-0.5,o.shape[-2]-0.5,-0.5), interpolation='bilinear')
+            shown = ax.imshow(cam.numpy(), cmap='viridis', vmin=0, vmax=1, alpha=0.55, extent=(-0.5,o.shape[-1]-0.5,o.shape[-2]-0.5,-0.5), interpolation='bilinear')
         row[0].set_ylabel(label)
         row[1].set_xlabel(f'{self.dls.vocab[int(t)]}, {p[t]:.2f}', fontsize=9)
     for ax,name in zip(axs[0], (f'input, {_size(views["input"])}', 'on the input', f'on what the body sees, {_size(views["resized"])}')): ax.set_title(name, fontsize=9)
@@ -479,8 +478,8 @@ def explore(
     places = _pick(learn.dls, len(learn.dls.valid_ds))
     known = lru_cache(64)(partial(_explored, learn))
     names = {str(c): o for c,o in places.items()}
-    which,nth = w.Dropdown(options=list(names), description='class'),w.BoundedIntText(0, 0, len(first(names.values()))-1, description='image')
-    view,share = w.ToggleButtons(options=['side by side','slider']),w.FloatSlider(0.5, min=0, max=1, step=0.05, description='bilinear', readout=False)
+    which,nth = w.Dropdown(options=list(names), description='class'),w.BoundedIntText(0, 0, len(first(names.values()))-1, description='image', layout=dict(width='10rem'))
+    view,share = w.ToggleButtons(options=['side by side','slider'], style=dict(button_width='6rem'), layout=dict(width='14rem')),w.FloatSlider(0.5, min=0, max=1, step=0.05, description='bilinear', readout=False)
     page = w.Image(format='jpeg')
     def draw(*_):
         i,share.layout.display = names[which.value][nth.value],None if view.value=='slider' else 'none'
@@ -501,11 +500,7 @@ def picture(
     caption:str='', # How to read it
 ) -> dict: # For a section of `write_report`
     "A picture to put into a report"
-    data,im = Path(file).read_bytes(),Image.open(file).convert('RGB')
-    mime,small = 'png',io.BytesIO()
-    im.save(small, 'jpeg', quality=82, optimize=True)
-    if small.tell()<len(data)/2: mime,data = 'jpeg',small.getvalue()
-    return dict(src=f'data:image/{mime};base64,{b64encode(data).decode()}', width=im.width, height=im.height, wide=im.width>700, alt=alt, caption=caption)
+    return dict(file=file, alt=alt, caption=caption)
 
 def section(
     title:str, # Heading
@@ -519,6 +514,14 @@ def section(
     return dict(title=title, text=text, code=code, table=table, pictures=pictures, details=details)
 
 # %% ../nbs/03_show.ipynb #e3cb70bd
+def _embedded(file, quality):
+    "An image file for the template"
+    data,im = Path(file).read_bytes(),Image.open(file).convert('RGB')
+    mime,small = 'png',io.BytesIO()
+    im.save(small, 'jpeg', quality=quality, optimize=True)
+    if small.tell()<len(data)/2: mime,data = 'jpeg',small.getvalue()
+    return dict(src=f'data:image/{mime};base64,{b64encode(data).decode()}', width=im.width, height=im.height, wide=im.width>700)
+
 def write_report(
     file:str|Path, # HTML file to write
     title:str, # What it is about
@@ -528,6 +531,9 @@ def write_report(
 ) -> Path: # `file`
     "Write one self-contained page"
     env = Environment(loader=PackageLoader('resizer_fastai'), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = env.get_template('report.html').render(title=title, lead=lead, facts=facts, sections=sections)
+    for quality in (85,70,50,30):
+        shown = [s | dict(pictures=[p | _embedded(p['file'], quality) for p in s['pictures']]) for s in sections]
+        html = env.get_template('report.html').render(title=title, lead=lead, facts=facts, sections=shown)
+        if len(html)<5e6: break   # what a mail takes
     Path(file).write_text(html, encoding='utf-8', errors='backslashreplace')   # names of files may be no text
     return Path(file)

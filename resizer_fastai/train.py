@@ -262,7 +262,7 @@ def run_report(
                 section('What the resizer does', pictures=run_pictures(path, 'resized', 'film')),
                 section('Spectra', pictures=run_pictures(path, 'spectrum', 'response')),
                 section('Mistakes', pictures=run_pictures(path, 'confusion', 'top_losses'), table=(['actual','predicted','images'], _confused(path, d['classes']))),
-                section('How it was made', code=run['command'], table=(['what','value'], made_with(run)))]
+                section('How it was made', 'Images a second are those of the whole loop, reading included.', code=run['command'], table=(['what','value'], made_with(run)))]
     keep = [s for s in sections if s['pictures'] or s['table']]
     return write_report(path/'report.html', path.name, lead, _run_facts(run), keep)
 
