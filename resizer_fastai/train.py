@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['plain_head', 'recipe_learner', 'MetricsLog', 'Checkpoint', 'data_fingerprint', 'device_name', 'versions',
            'multiply_adds', 'describe_run', 'save_run', 'plot_curves', 'save_figure', 'save_pictures', 'run_pictures',
-           'read_run', 'made_with', 'run_report', 'run_name', 'resizer_train']
+           'read_run', 'made_with', 'run_report', 'run_name', 'resizer_train', 'load_run']
 
 # %% ../nbs/04_train.ipynb #66b62f42
 from fastai.vision.all import *
-from .data import UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
+from .data import NormalizeInPlace, UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
 from .resizer import make_resizer
-from .learner import FiniteLoss, RecalibrateBN, get_body, pick_precision, precision_cbs, resizer_learner
+from .learner import FiniteLoss, RecalibrateBN, ResizerClassifier, get_body, pick_precision, precision_cbs, resizer_learner
 from .show import Film, ResizerInterpretation, picture, section, write_report
 from . import __version__
 from collections import Counter
@@ -35,12 +35,14 @@ def recipe_learner(
     path:str|Path='.', # Where the learner writes
     resizer_args:dict=None, # More arguments of the resizer, such as `norm`
     lr_mult:float=None, # Learning rate of the resizer, as for `resizer_learner`
+    stats:tuple=None, # Mean and standard deviation of each channel to normalise with; by default as for `resizer_learner`
     cbs=None, # More callbacks
     **kwargs # For `get_dls`: `bs`, `resize`, `cache`, `limit`, `valid_pct`, `noisy`, `num_workers`
 ) -> Learner:
     "A learner with this project's recipe; with `pil`, images are resized to `out` in the data path, as Pillow does it"
     set_seed(seed)
     dls = get_dls(data, size=out if resizer=='pil' else size, **kwargs)
+    if stats: dls.add_tfms([NormalizeInPlace.from_stats(*stats, cuda=dls.device.type!='cpu')], 'after_batch')
     set_seed(seed)
     return resizer_learner(dls, arch, resizer, out, pretrained=pretrained, loss_func=LabelSmoothingCrossEntropyFlat(eps=0.1),
                            metrics=accuracy, path=path, model_dir='checkpoint', resizer_args=resizer_args, lr_mult=lr_mult, **({} if pretrained else plain_head),
@@ -337,4 +339,17 @@ def resizer_train(
     shutil.rmtree(path/'checkpoint')
     print(f'{resizer}: accuracy {100*run["metrics"]["accuracy"]:.2f} % after {len(log.rows)} epochs and {run["metrics"]["seconds"]:.0f} s; '
           f'see {report}', flush=True)
+    return learn
+
+# %% ../nbs/04_train.ipynb #e9cbf715
+def load_run(
+    path:str|Path, # Folder of a finished run, whose data are where they were
+) -> Learner: # With the run's model and data, and the run folder as its `path`
+    "The learner of a run"
+    path,run = Path(path),read_run(path)
+    model,a = ResizerClassifier.from_pretrained(path/'model'),run['args']
+    learn = recipe_learner(*[a[k] for k in ('data','arch','resizer','size','out','seed')], precision=a['precision'], path=path,
+                           stats=(model.mean.flatten().tolist(), model.std.flatten().tolist()), num_workers=a['workers'],
+                           **{k: a[k] for k in ('bs','limit','valid_pct','noisy','resize','cache')})
+    learn.model = model.to(learn.dls.device)
     return learn

@@ -4,10 +4,10 @@ import numpy as np, pandas as pd, pytest, torch
 import matplotlib.pyplot as plt
 from fastai.vision.all import ImageDataLoaders, PILImage, PILImageBW, Resize, nn, resnet18, set_seed
 from conftest import make_images, repo
-from resizer_fastai.data import UsageError, get_dls
+from resizer_fastai.data import UsageError, get_dls, get_path
 from resizer_fastai.learner import resizer_learner
 from resizer_fastai.show import Film, explore, picture, resized_views, section, write_report
-from resizer_fastai.train import resizer_train, run_report
+from resizer_fastai.train import load_run, resizer_train, run_report
 
 plain = dict(pretrained=False, lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=None)
 
@@ -136,6 +136,20 @@ def test_a_report_is_made_of_what_lies_in_the_folder(tmp_path):
     (learn.path/'report.html').unlink()
     assert run_report(learn.path).read_text() == html
     with pytest.raises(UsageError, match='no run of this project'): run_report(tmp_path)
+
+def test_a_run_that_is_taken_up_again_sees_what_it_saw(tmp_path):
+    "Predictions are the run's, with the statistics that stand beside its model, and all pictures can be drawn"
+    path = resizer_train(data='sample', limit=20, arch='resnet18', resizer='bilinear', size=32, out=16, epochs=1, bs=10, workers=0, runs=tmp_path).path
+    config = json.loads((path/'model'/'config.json').read_text())
+    (path/'model'/'config.json').write_text(json.dumps(config | dict(mean=[0.5]*3, std=[0.25]*3)))
+    learn = load_run(path)
+    x, y = learn.dls.valid.one_batch()
+    names = np.load(path/'preds.npz')['names'][:len(x)]
+    torch.testing.assert_close(x.as_subclass(torch.Tensor), learn.model.read_batch([get_path('sample')/n for n in names]))
+    with learn.no_bar(): preds, targs = learn.get_preds()
+    torch.testing.assert_close(preds[:len(x)], learn.model.predict([get_path('sample')/n for n in names])[2])
+    assert targs.tolist() == np.load(path/'preds.npz')['targets'].tolist()
+    for f in figures.values(): f(learn)
 
 def test_a_large_report_is_made_smaller(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
