@@ -1,5 +1,6 @@
 "Pictures of any learner, under any backend, that leave no trace; reports."
-import json, re, subprocess, sys
+import io, json, re, subprocess, sys
+import PIL.Image
 import numpy as np, pandas as pd, pytest, torch
 import matplotlib.pyplot as plt
 from fastai.vision.all import ImageDataLoaders, PILImage, PILImageBW, Resize, nn, resnet18, set_seed
@@ -156,6 +157,19 @@ def test_a_large_report_is_made_smaller(tmp_path):
     PILImage.create(noise).save(tmp_path/'a.png')
     file = write_report(tmp_path/'r.html', 'big', [], [], [section('one', pictures=[picture(tmp_path/'a.png', 'noise')]*3)])
     assert 1e6 < file.stat().st_size < 5e6
+
+def test_explore_turns_pages(learn):
+    pytest.importorskip('ipywidgets')
+    controls, page = explore(learn).children
+    which, nth, view, share = controls.children
+    seen = [page.value]
+    for change in (lambda: setattr(nth, 'value', 1), lambda: setattr(view, 'value', 'slider'), lambda: setattr(share, 'value', 0.25), lambda: setattr(which, 'value', 'grain-45')):
+        change()
+        seen.append(page.value)
+    assert len(set(seen)) == 5 and all(PIL.Image.open(io.BytesIO(o)).size[0] > 900 for o in seen)
+    assert (nth.value, nth.max, share.layout.display) == (0, 1, None)
+    view.value = 'side by side'
+    assert share.layout.display == 'none'
 
 def test_missing_ipywidgets_is_one_sentence(learn, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
