@@ -1,0 +1,138 @@
+"Runs that are interrupted go on as if they had not been, and arms differ in nothing but the resizer."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from fastai.vision.all import Callback, set_seed
+from conftest import make_images
+from resizer_fastai import compare, train
+from resizer_fastai.data import UsageError
+from resizer_fastai.learner import FiniteLoss
+from resizer_fastai.show import Film
+from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, recipe_learner, resizer_train
+
+small = dict(data='sample', limit=20, arch='resnet18', size=32, out=16, bs=10, workers=0)
+exact = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'lr']
+
+def metrics(path): return pd.read_csv(path/'metrics.csv')[exact].values.tolist()
+
+def flags(**kwargs): return [o for k, v in kwargs.items() for o in (f'--{k}', str(v))]
+
+def test_a_comparison_that_is_killed_goes_on(tmp_path):
+    "Finished cells stay, the one that was killed goes on from its last whole epoch, and ends where it would have ended"
+    command = [Path(sys.executable).parent/'resizer_compare', *flags(arms='bilinear,learned', epochs=4, name='c', runs=tmp_path, **small | dict(workers=1))]
+    cell = tmp_path/'c'/'sample-resnet18-learned-0'
+    env = os.environ | dict(PYTHONWARNINGS='ignore')
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, start_new_session=True) as p:
+        for _ in range(1200):
+            if (cell/'checkpoint'/'last.pth').exists() or p.poll() is not None: break
+            time.sleep(0.05)
+        os.killpg(p.pid, signal.SIGKILL)
+    assert len(metrics(cell)) < 4 and not (cell/'report.html').exists()
+    done = (tmp_path/'c'/'sample-resnet18-bilinear-0'/'run.json').stat().st_mtime_ns
+    res = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert res.returncode == 0, res.stderr
+    assert 'sample-resnet18-bilinear-0: finished before' in res.stdout and 'going on after' in res.stdout
+    assert (tmp_path/'c'/'sample-resnet18-bilinear-0'/'run.json').stat().st_mtime_ns == done
+    whole = resizer_train(**small | dict(workers=1), epochs=4, seed=0, runs=tmp_path).path
+    assert metrics(cell) == metrics(whole)
+    assert (np.load(cell/'preds.npz')['probs'] == np.load(whole/'preds.npz')['probs']).all()
+    assert sorted(p.name for p in cell.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+class Stop(Callback):
+    "Break off in the epoch `at`"
+    order = FiniteLoss.order
+    def __init__(self, at): self.at = at
+    def after_loss(self):
+        if self.training and len(self.metrics_log.rows) == self.at: raise KeyboardInterrupt
+
+def learner(path, *cbs):
+    learn = recipe_learner('sample', 'resnet18', size=32, out=16, limit=20, bs=10, num_workers=0, path=path, cbs=[MetricsLog(), Checkpoint(), Film(n=1), *cbs])
+    path.mkdir(exist_ok=True)
+    return learn
+
+def fit(learn, pretrained, done=0):
+    "Three epochs"
+    set_seed(3)
+    with learn.no_bar(), learn.no_logging(): fit_recipe(learn, 2 if pretrained else 3, 1e-3, pretrained, done)
+
+@pytest.mark.parametrize('at', [1, 2])
+@pytest.mark.parametrize('pretrained', [False, True])
+def test_any_epoch_of_either_recipe(tmp_path, pretrained, at):
+    "`fine_tune`, too: after its frozen epoch, and after the first open one"
+    whole, broken = learner(tmp_path/'whole'), learner(tmp_path/'broken', Stop(at))
+    fit(whole, pretrained)
+    with pytest.raises(KeyboardInterrupt): fit(broken, pretrained)
+    again = learner(tmp_path/'broken')
+    done = again.checkpoint.load()
+    assert done == at
+    fit(again, pretrained, done)
+    assert metrics(tmp_path/'broken') == metrics(tmp_path/'whole') and len(metrics(tmp_path/'whole')) == 3
+    for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True): assert torch.equal(a, b)
+
+def test_the_old_checkpoint_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    l = learner(tmp_path/'a')
+    with l.no_bar(), l.no_logging(): l.fit(1)
+    before = l.checkpoint.file.read_bytes()
+    def half(s, f): f.write(b'half'); raise OSError('No space left on device')
+    monkeypatch.setattr(torch, 'save', half)
+    with l.no_bar(), l.no_logging(), pytest.raises(OSError, match='No space'): l.fit(1)
+    assert l.checkpoint.file.read_bytes() == before
+
+def test_interrupted_after_training(tmp_path, monkeypatch):
+    "A run without its report is not finished; taken up again it trains no more"
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train, 'save_pictures', stop)
+        resizer_train(**small, epochs=1, runs=tmp_path)
+    path = tmp_path/'sample-resnet18-learned-42'
+    before = metrics(path)
+    assert (path/'checkpoint'/'last.pth').exists()
+    resizer_train(**small, epochs=1, runs=tmp_path, resume=True)
+    assert metrics(path) == before and (path/'report.html').exists() and not (path/'checkpoint').exists()
+
+def test_what_cannot_go_on(tmp_path, capsys):
+    "Other options, other images; a run that is finished says so and is left alone"
+    data = make_images(tmp_path/'data', [f'{c}/{i}.png' for c in 'ab' for i in range(6)])
+    args = small | dict(data=data, limit=None, valid_pct=0.5, epochs=1, runs=tmp_path/'runs', name='r')
+    path = resizer_train(**args).path
+    stamps = {p: p.stat().st_mtime_ns for p in path.rglob('*')}
+    again = resizer_train(**args, resume=True)
+    assert 'finished before' in capsys.readouterr().out and {p: p.stat().st_mtime_ns for p in path.rglob('*')} == stamps
+    assert again.path == path
+    with pytest.raises(UsageError, match='was started with epochs 1, now 2; lr 0.003, now 0.001'): resizer_train(**args | dict(epochs=2, lr=1e-3), resume=True)
+    (path/'checkpoint').mkdir()
+    make_images(data, ['a/9.png'])
+    with pytest.raises(UsageError, match='images of .* have changed'): resizer_train(**args, resume=True)
+
+def made(arm):
+    "The model of an arm and its batches in two epochs"
+    o = compare.cell_options(arm, 5)
+    learn = recipe_learner('sample', 'resnet18', o['resizer'], size=32, out=16, seed=o['seed'], limit=20, bs=10, num_workers=0)
+    set_seed(o['seed'])
+    return learn.model, [b for _ in range(2) for b in learn.dls.train]
+
+@pytest.mark.parametrize('arm', [o for o in compare.arm_names if o not in ('bilinear', 'again')])
+def test_arms_differ_in_the_resizer_only(arm):
+    "Same bytes: body and head, labels and order of two epochs, and, at the same size, the augmented images"
+    (a, batches_a), (b, batches_b) = made(arm), made('bilinear')
+    for part in ('body', 'head'):
+        for x, y in zip(getattr(a, part).state_dict().values(), getattr(b, part).state_dict().values(), strict=True): assert torch.equal(x, y)
+    for (x, s), (y, t) in zip(batches_a, batches_b, strict=True): assert torch.equal(s, t) and (arm == 'pil' or torch.equal(x, y))
+
+def test_again_is_bilinear_with_other_draws():
+    (a, _), (b, _) = made('again'), made('bilinear')
+    assert type(a.resizer) is type(b.resizer) and not torch.equal(a.body[0].weight, b.body[0].weight)
+
+def test_collect_takes_what_is_there_and_nothing_else(tmp_path):
+    "Unfinished and replaced runs are left out; runs with other options are an error that names them"
+    args = small | dict(epochs=1, runs=tmp_path, name='c')
+    compare.resizer_compare(arms='bilinear,learned', seeds='0', **args)
+    resizer_train(**small, epochs=1, seed=1, runs=tmp_path/'c')   # learned
+    root = tmp_path/'c'
+    (root/'sample-resnet18-none-0').mkdir()
+    (root/'sample-resnet18-none-0'/'run.json').write_text('{"metrics": null}')
+    df = compare.resizer_compare(**args, collect=True)
+    assert df[['arm', 'seeds']].values.tolist() == [['bilinear', 1], ['learned', 2]] and df.pairs[1] == 1
+    resizer_train(**small, epochs=2, seed=2, runs=root)
+    with pytest.raises(UsageError, match='sample-resnet18-learned-2 has other options than'): compare.resizer_compare(**args, collect=True)
+    with pytest.raises(UsageError, match='no finished run'): compare.resizer_compare(**args | dict(name='none'), collect=True)
