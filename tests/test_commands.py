@@ -1,5 +1,5 @@
 "The commands as a shell sees them: what they write, what they say, and how they exit."
-import json
+import json, shlex
 import numpy as np, pytest
 from conftest import make_images
 
@@ -15,7 +15,7 @@ def test_train_writes_a_run_and_exits_0(shell, tmp_path):
     res = shell('resizer_train', '--data', 'sample', '--limit', 20, *small)
     assert res.returncode == 0, res.stderr
     run = tmp_path/'runs'/'sample-resnet18-learned-42'
-    assert {p.name for p in run.iterdir()} == {'run.json', 'metrics.csv', 'preds.npz', 'model', 'resizer.safetensors', 'resizer.json', 'images'}
+    assert {p.name for p in run.iterdir()} == {'run.json', 'metrics.csv', 'preds.npz', 'model', 'resizer.safetensors', 'resizer.json', 'images', 'report.html'}
     assert {p.name for p in (run/'model').iterdir()} == {'config.json', 'model.safetensors', 'README.md'}
     assert 'accuracy' in res.stdout and '\r' not in res.stdout
     check_one_sentence(shell('resizer_train', '--data', 'sample', '--limit', 20, *small), 2, 'exists', '--name')
@@ -100,9 +100,9 @@ def test_compare_ends_with_table_sentence_and_picture(shell, tmp_path):
     compare = ['resizer_compare', '--arms', 'bilinear,learned', '--seeds', 0, '--data', 'sample', '--limit', 20, *small]
     res = shell(*compare)
     assert res.returncode == 0, res.stderr
-    *_, sentence, picture = res.stdout.strip().split('\n')
+    *_, sentence, report = res.stdout.strip().split('\n')
     assert sentence.startswith('learned is') and '95 % interval' in sentence
-    assert (tmp_path/picture.removeprefix('picture: ')).read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path/report.removeprefix('report: ')).read_text().startswith('<!DOCTYPE html>')
     table = (tmp_path/'runs'/'compare-sample-resnet18'/'table.md').read_text()
     assert table.split('\n\n')[0] in res.stdout and '`resizer_compare --arms bilinear,learned --seeds 0 --data sample' in table
     again = shell(*compare)
@@ -116,8 +116,18 @@ def test_compare_keeps_what_it_runs_afresh(shell, tmp_path):
     root = tmp_path/'runs'/'compare-sample-resnet18'
     before = (root/'sample-resnet18-bilinear-0'/'run.json').read_text()
     res = shell(*compare, '--lr', 1e-3)
-    assert res.returncode == 0 and 'has other options' in res.stdout
+    assert res.returncode == 0 and 'was started with lr 0.003, now 0.001; moved to sample-resnet18-bilinear-0.old-1' in res.stdout
     assert (root/'sample-resnet18-bilinear-0.old-1'/'run.json').read_text() == before
+
+def test_a_line_a_cell_for_a_scheduler(shell, tmp_path):
+    "The printed commands make the runs that `--collect` then finds"
+    compare = ['resizer_compare', '--arms', 'bilinear,again', '--data', 'sample', '--limit', 20, *small, '--name', 'a b']
+    lines = shell(*compare, '--dry_run').stdout.strip().split('\n')
+    assert len(lines) == 2 and not (tmp_path/'runs').exists()
+    for line in lines: assert shell(*shlex.split(line)).returncode == 0
+    res = shell(*compare, '--collect')
+    assert res.returncode == 0 and 'again is' in res.stdout and 'paired over 20 validation images of one seed' in res.stdout
+    assert 'finished before' in shell(*shlex.split(lines[0])).stdout
 
 def test_compare_removes_no_folder_but_its_own(shell, tmp_path):
     theirs = tmp_path/'runs'/'compare-sample-resnet18'/'sample-resnet18-bilinear-0'

@@ -5,9 +5,9 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, set_seed
 from conftest import make_images
 from resizer_fastai import compare, train
-from resizer_fastai.data import UsageError
-from resizer_fastai.learner import FiniteLoss
-from resizer_fastai.show import Film
+from resizer_fastai.data import UsageError, get_path
+from resizer_fastai.learner import FiniteLoss, ResizerClassifier
+from resizer_fastai.show import Film, resized_views
 from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, recipe_learner, resizer_train
 
 small = dict(data='sample', limit=20, arch='resnet18', size=32, out=16, bs=10, workers=0)
@@ -136,3 +136,40 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path):
     resizer_train(**small, epochs=2, seed=2, runs=root)
     with pytest.raises(UsageError, match='sample-resnet18-learned-2 has other options than'): compare.resizer_compare(**args, collect=True)
     with pytest.raises(UsageError, match='no finished run'): compare.resizer_compare(**args | dict(name='none'), collect=True)
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "A learned and a bilinear run on the same images"
+    root = tmp_path_factory.mktemp('two')
+    return [resizer_train(**small | dict(resizer=o), epochs=2, runs=root).path for o in ('learned', 'bilinear')]
+
+def test_two_runs_image_by_image(two):
+    "Each image that one gets right and the other wrong, with its own input and what each resizer makes of it"
+    df = compare.disagreements(*two)
+    preds = [np.load(o/'preds.npz') for o in two]
+    right = [dict(zip(p['names'], p['probs'].argmax(1) == p['targets'])) for p in preds]
+    assert set(df.file) == {f for f in right[0] if right[0][f] != right[1][f]} and len(df)
+    for r in df.itertuples(): assert right['ab'.index(r.right)][r.file]
+    fig = compare.compare_runs(*two, n=1)
+    row = df.sort_values('right', kind='stable').iloc[0]   # those that only `a` gets right come first
+    file = get_path('sample')/row.file
+    for ax, k, path in zip(fig.axes, ('input', 'resized', 'resized'), (two[0], *two)):
+        model = ResizerClassifier.from_pretrained(path/'model')
+        views = resized_views(model, model.read_batch(file))
+        drawn = np.array(ax.images[0].get_array())
+        if k == 'input': np.testing.assert_allclose(drawn, views[k][0].permute(1, 2, 0), atol=1e-4)
+        else: assert np.corrcoef(drawn.ravel(), views[k][0].permute(1, 2, 0).numpy().ravel())[0, 1] > 0.9
+    assert [o.get_title().split('\n')[0] for o in fig.axes[:3]] == ['input', *[o.name for o in two]]
+
+def test_the_last_epoch_counts(two):
+    fig = compare.plot_runs(dict(learned=two[:1], bilinear=two[1:]))
+    for dots, path in zip(fig.axes[1].collections, two):
+        m = pd.read_csv(path/'metrics.csv')
+        np.testing.assert_allclose(dots.get_offsets()[0], [m.seconds.sum(), 100*m.accuracy.iloc[-1]])
+
+def test_runs_of_other_images_are_not_compared(two, tmp_path):
+    "The same names of files do not make the same images"
+    for d, size in (('p', 40), ('q', 44)): make_images(tmp_path/d, [f'{c}/{i}.png' for c in 'ab' for i in range(6)], (size, size))
+    p, q = [resizer_train(**small | dict(data=tmp_path/d, limit=None, valid_pct=0.5), epochs=1, runs=tmp_path/'runs', name=d).path for d in 'pq']
+    for other in (two[0], q):
+        with pytest.raises(UsageError, match='have other validation images'): compare.compare_runs(p, other)
