@@ -107,7 +107,7 @@ def collect_cells(
     for p,r in others:
         if options(r)!=options(first_run): raise UsageError(f'{p.name} has other options than {first_path.name}: {r["command"]}; {first_run["command"]}')
     cells = groupby(sorted(found, key=lambda p: arm_and_seed(found[p])[1]), lambda p: arm_and_seed(found[p])[0])
-    return {arm: list(cells[arm]) for arm in sorted(cells, key=arm_names.index)}
+    return {arm: list(cells[arm]) for arm in sorted(cells, key=lambda o: (arm_names.index(o.split('+')[0]), o))}
 
 # %% ../nbs/05_compare.ipynb #6e0735e7
 def _correct(path):
@@ -356,7 +356,8 @@ def comparison_report(
     differ = _differing(root, cells[other][0], cells[base][0], (other,base)) if other else []
     names = ['arm','seed','accuracy','valid_loss','seconds']
     sections = [section('Results', *said, table=(head,rows), pictures=[curves], details=dict(title='Every run', table=(names, runs[names].values.tolist()))),
-                *seen, section('Where they differ', 'With the first seed.', pictures=differ), section('How it was made', 'Images a second are those of the whole loop, reading included.', code=_command(cells), table=(['what','value'], made_with(first_run)))]
+                *seen, section('Where they differ', 'With the first seed.', pictures=differ),
+                section('How it was made', 'Images a second are those of the whole loop, reading included.', code=_command(cells), table=(['what','value'], made_with(first_run)))]
     return write_report(root/'report.html', root.name, [_source_line(cells)], [], [o for o in sections if o['pictures'] or o['table']])
 
 # %% ../nbs/05_compare.ipynb #b5aa5d59
@@ -371,7 +372,7 @@ def _list(s, kind, what):
 @cli_command
 @delegates(resizer_train, but=['resizer','seed','resume'])
 def resizer_compare(
-    arms:str='bilinear,learned', # Resizers, with commas: learned, muller, bilinear, antialias, bicubic, none, pil; again is bilinear with other seeds
+    arms:str='bilinear,learned', # Resizers, with commas, as for resizer_train; again is bilinear with other seeds
     seeds:str='0', # Seeds, with commas; each arm is trained once with each
     data:str='imagenette', # sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder of images
     arch:str='resnet50', # Body: a torchvision classifier, a fastai xresnet, or timm/NAME
@@ -385,7 +386,7 @@ def resizer_compare(
     data = str(data)
     kwargs.pop('debug', None)   # `main` sees to it
     arms,seeds = _list(arms, str, 'arms'),_list(seeds, int, 'seeds')
-    unknown = [o for o in arms if o not in arm_names]
+    unknown = [o for o in arms if o.split('+')[0] not in arm_names]
     if unknown: raise UsageError(f'no resizer {", ".join(unknown)}: there are {", ".join(arm_names)}')
     root = Path(runs)/(name or f'compare-{Path(data).expanduser().resolve().name}-{arch}')
     wanted = [(arm, dict(data=data, arch=arch, **cell_options(arm, seed)) | kwargs) for seed in seeds for arm in arms]

@@ -323,11 +323,13 @@ def split_files(
     valid_pct:float=None, # Share of each class that is kept for validation; by default the folders `train` and `val` (or `valid`) decide
     limit:int=None, # Take this many images of each split, balanced over the classes
     leave_out:set=frozenset(), # Files to pass over
+    tune:bool=False, # Leave the validation images alone and keep a fifth of the training images in their place, to choose settings with
 ) -> tuple: # Indices into `files`: training, validation
     "Split image files into training and validation, by folder or by share, the same way on every machine"
     if limit is not None and limit<1: raise UsageError(f'limit is a number of images, 1 or more: got {limit}')
     kept = [f for f in files if f not in leave_out]
     splits = _split_folders(kept) if valid_pct is None else _split_pct(kept, valid_pct)
+    if tune: splits = _split_pct(splits[0], 0.2)
     train,valid = splits = [_order(s)[:limit] for s in splits]
     classes,unseen = {f.parent.name for f in train},{f.parent.name for f in valid}-{f.parent.name for f in train}
     if len(classes)<2: raise ValueError(f'a classifier needs two classes or more: the training images of {os.path.commonpath(files)} '
@@ -340,7 +342,7 @@ def split_files(
 # %% ../nbs/00_data.ipynb #9cbb2298
 class ReadableSplitter:
     "`split_files` without the files that cannot be read; after a call `left_out` is what `check_images` says of them"
-    def __init__(self, valid_pct=None, limit=None): store_attr()
+    def __init__(self, valid_pct=None, limit=None, tune=False): store_attr()
 
     def __call__(self, files):
         self.left_out,bad,at = pd.DataFrame(),set(),{Path(os.path.abspath(f)):f for f in files}
@@ -348,7 +350,7 @@ class ReadableSplitter:
         if over: print(f'note: {over} of {len(files)} images are in no folder of a class of {"a split" if self.valid_pct is None else "the folder"} and are passed over')
         try:
             while True:
-                splits = split_files(files, self.valid_pct, self.limit, bad)
+                splits = split_files(files, self.valid_pct, self.limit, bad, self.tune)
                 df = check_images([files[i] for s in splits for i in s])
                 new = df[df.pixels=='']
                 self.left_out = pd.concat([self.left_out, new], ignore_index=True)
@@ -514,13 +516,14 @@ def resizer_block(
     valid_pct:float=None, # Share of each class for validation; by default the folders `train` and `val` (or `valid`) decide
     limit:int=None, # Take this many images of each split, balanced over the classes
     noisy:int=None, # Percentage of wrong labels in training, for Imagenette and Imagewoof: 1, 5, 25 or 50
+    tune:bool=False, # Validate on a fifth of the training images instead, to choose settings with
 ) -> DataBlock: # From a folder to batches of (bs, 3, height, width), floats from 0 to 1, and class indices
     "A `DataBlock` for classification at the resizer's input size, cropped and flipped on the device"
     if noisy not in (None,1,5,25,50): raise UsageError(f'noisy is 1, 5, 25 or 50 percent: got {noisy}')
-    if noisy and valid_pct: raise UsageError('noisy and valid_pct exclude each other: validation would have wrong labels too')
+    if noisy and (valid_pct or tune): raise UsageError('noisy excludes valid_pct and tune: validation would have wrong labels too')
     images = TransformBlock(type_tfms=ReadImage(size, resize, background), batch_tfms=[ChannelsFirst(), IntToFloatTensor()], dl_type=ImageDL)
     return DataBlock(blocks=(images, CategoryBlock), get_items=image_files, get_y=ClassName(noisy),
-                     splitter=ReadableSplitter(valid_pct, limit), batch_tfms=RandomCropFlip(min_scale))
+                     splitter=ReadableSplitter(valid_pct, limit, tune), batch_tfms=RandomCropFlip(min_scale))
 
 # %% ../nbs/00_data.ipynb #94184043
 class ImageRows:

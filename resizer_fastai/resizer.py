@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['interpolate_modes', 'norms', 'resizer_names', 'FixedResizer', 'ResidualBlock', 'Resizer', 'MullerResizer',
-           'make_resizer', 'resizer_config', 'save_resizer', 'load_resizer']
+           'make_resizer', 'parse_resizer', 'resizer_config', 'save_resizer', 'load_resizer']
 
 # %% ../nbs/01_resizer.ipynb #51a7d7fb
-import json, math, torch, torch.nn.functional as F
+import inspect, json, math, torch, torch.nn.functional as F
 from fastcore.basics import store_attr
 from pathlib import Path
 from safetensors import SafetensorError
@@ -163,6 +163,22 @@ def make_resizer(
     if name not in resizer_names: raise ValueError(f'no resizer {name!r}: there are {", ".join(resizer_names)}')
     cls,args = resizer_names[name]
     return cls(size, **args|kwargs)
+
+# %% ../nbs/01_resizer.ipynb #ecf3f74c
+def parse_resizer(
+    spec:str, # One of `resizer_names`, and perhaps +ARGUMENT=VALUE, more than once
+) -> tuple: # Name, and arguments for `make_resizer`
+    "A resizer as it is written on the command line"
+    name,*given = spec.split('+')
+    if name not in resizer_names: raise ValueError(f'no resizer {name!r}: there are {", ".join(resizer_names)}')
+    known = {k:type(p.default) for k,p in inspect.signature(resizer_names[name][0]).parameters.items() if p.default is not p.empty and k not in ('size','in_channels','out_channels')}
+    args = {}
+    for o in given:
+        k,_,v = o.partition('=')
+        if k not in known: raise ValueError(f'the resizer {name} has no argument {k!r}: there are {", ".join(known) or "none"}')
+        try: args[k] = known[k](int(v)) if known[k] is bool else known[k](v)
+        except ValueError: raise ValueError(f'{k} of the resizer {name} is a number (0 or 1 for yes or no): got {v!r}') from None
+    return name, args
 
 # %% ../nbs/01_resizer.ipynb #cec27ba0
 def resizer_config(

@@ -79,11 +79,11 @@ def figure_text(
 
 def _listed(items):
     "One or several places or images as a list, numbers as `int`"
-    if isinstance(items, (str,Path,Image.Image,int,np.integer)) or getattr(items, 'ndim', 1)!=1: items = [items]
-    items = [int(o) if isinstance(o, np.integer) or (isinstance(o, Tensor) and o.ndim==0 and not o.is_floating_point() and o.dtype!=torch.bool) else o for o in items]
+    if isinstance(items, (str,Path,Image.Image,int)) or getattr(items, 'ndim', 1)!=1: items = [items]
+    items = [o.item() if getattr(o, 'ndim', 1)==0 else o for o in items]
     if not items: raise ValueError('no images to show')
-    if any(isinstance(o, (bool,np.bool_,float)) or (isinstance(o, Tensor) and o.ndim==0) for o in items) or len({isinstance(o, int) for o in items})>1:
-        raise ValueError('items are places in the validation set, or images: not both, and no mask')
+    kinds = {type(o) for o in items}
+    if kinds&{int,bool,float} and kinds!={int}: raise ValueError('items are places in the validation set, or images: not both, and no mask')
     return items
 
 def _batch(learn, items):
@@ -516,7 +516,8 @@ def explore(
     known = lru_cache(64)(partial(_explored, learn))
     names = {str(c): o for c,o in places.items()}
     which,nth = w.Dropdown(options=list(names), description='class'),w.BoundedIntText(0, 0, len(first(names.values()))-1, description='image', layout=dict(width='10rem'))
-    view,share = w.ToggleButtons(options=['side by side','slider'], style=dict(button_width='6rem'), layout=dict(width='14rem')),w.FloatSlider(0.5, min=0, max=1, step=0.05, description='bilinear', readout=False)
+    view = w.ToggleButtons(options=['side by side','slider'], style=dict(button_width='6rem'), layout=dict(width='14rem'))
+    share = w.FloatSlider(0.5, min=0, max=1, step=0.05, description='bilinear', readout=False)
     page = w.Image(format='jpeg')
     def draw(*_):
         i,share.layout.display = names[which.value][nth.value],None if view.value=='slider' else 'none'

@@ -10,8 +10,9 @@ __all__ = ['plain_head', 'recipe_learner', 'MetricsLog', 'Checkpoint', 'fit_reci
 
 # %% ../nbs/04_train.ipynb #66b62f42
 from fastai.vision.all import *
+from fastai.callback.training import GradientClip
 from .data import NormalizeInPlace, UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
-from .resizer import make_resizer
+from .resizer import make_resizer, parse_resizer
 from .learner import FiniteLoss, RecalibrateBN, ResizerClassifier, evaluating, get_body, pick_precision, precision_cbs, resizer_learner
 from .show import Film, ResizerInterpretation, picture, section, write_report
 from . import __version__
@@ -28,7 +29,7 @@ plain_head = dict(lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=No
 def recipe_learner(
     data:str|Path='imagenette', # As for `get_path`
     arch:str|Callable='resnet50', # Body, as for `get_body`
-    resizer:str='learned', # One of `resizer_names`
+    resizer:str='learned', # One of `resizer_names`, with arguments as for `parse_resizer`
     size:int|tuple=448, # Input size in pixels: a number, or (height, width)
     out:int|tuple=224, # Target size of the resizer in pixels
     seed:int=42, # Of everything that is random
@@ -39,15 +40,16 @@ def recipe_learner(
     lr_mult:float=None, # Learning rate of the resizer, as for `resizer_learner`
     stats:tuple=None, # Mean and standard deviation of each channel to normalise with; by default as for `resizer_learner`
     cbs=None, # More callbacks
-    **kwargs # For `get_dls`: `bs`, `resize`, `cache`, `limit`, `valid_pct`, `noisy`, `num_workers`
+    **kwargs # For `get_dls`: `bs`, `resize`, `cache`, `limit`, `valid_pct`, `noisy`, `tune`, `num_workers`
 ) -> Learner:
     "A learner with this project's recipe; with `pil`, images are resized to `out` in the data path, as Pillow does it"
+    resizer,args = parse_resizer(resizer)
     set_seed(seed)
     dls = get_dls(data, size=out if resizer=='pil' else size, **kwargs)
     if stats: dls.add_tfms([NormalizeInPlace.from_stats(*stats, cuda=dls.device.type!='cpu')], 'after_batch')
     set_seed(seed)
     return resizer_learner(dls, arch, resizer, out, pretrained=pretrained, loss_func=LabelSmoothingCrossEntropyFlat(eps=0.1),
-                           metrics=accuracy, path=path, model_dir='checkpoint', resizer_args=resizer_args, lr_mult=lr_mult, **({} if pretrained else plain_head),
+                           metrics=accuracy, path=path, model_dir='checkpoint', resizer_args=args | (resizer_args or {}), lr_mult=lr_mult, **({} if pretrained else plain_head),
                            cbs=[ChannelsLast(), FiniteLoss(), RecalibrateBN(), *precision_cbs(precision, dls.device), *L(cbs)])
 
 # %% ../nbs/04_train.ipynb #db19ebab
@@ -199,7 +201,8 @@ def describe_run(
     return dict(command=command_of(args), args=args, device=device_name(learn.dls.device),
                 precision=pick_precision(args['precision'], learn.dls.device),
                 versions=versions(),
-                data=dict(fingerprint=data_fingerprint([*train, *valid], root), valid_fingerprint=data_fingerprint(valid, root), train=len(train), valid=len(valid), left_out=len(learn.dls.left_out), classes=list(learn.dls.vocab),
+                data=dict(fingerprint=data_fingerprint([*train, *valid], root), valid_fingerprint=data_fingerprint(valid, root),
+                          train=len(train), valid=len(valid), left_out=len(learn.dls.left_out), classes=list(learn.dls.vocab),
                           median_short_side=int(np.median(sides)), enlarged=float((sides<input_size).mean())),
                 parameters=dict(resizer=sum(p.numel() for p in learn.model.resizer.parameters()), all=sum(p.numel() for p in learn.model.parameters())),
                 multiply_adds={k: multiply_adds(m, (learn.model.n_in, *learn.model.read.size)) for k,m in dict(resizer=learn.resizer, all=learn.model).items()},
@@ -251,7 +254,8 @@ def save_pictures(
     "Draw what a report shows"
     classes,resizer = [interp.vocab[i] for i in interp.targs.unique()[:n]],learn.resizer
     draw = dict(curves=partial(plot_curves, metrics), top_losses=partial(interp.plot_top_losses, 8))
-    if not isinstance(resizer, nn.Identity): draw |= dict(resized=partial(learn.show_resized, classes=classes), spectrum=partial(learn.plot_spectrum, classes=classes), response=learn.plot_response)
+    if not isinstance(resizer, nn.Identity):
+        draw |= dict(resized=partial(learn.show_resized, classes=classes), spectrum=partial(learn.plot_spectrum, classes=classes), response=learn.plot_response)
     if params(resizer) and hasattr(learn, 'film'): draw |= dict(film=learn.plot_film)
     side = 2+0.4*len(interp.vocab)
     if len(interp.vocab)<=40: draw |= dict(confusion=partial(interp.plot_confusion_matrix, figsize=(side,side)))
@@ -264,8 +268,10 @@ _pictures = dict(
     curves=('Losses and validation accuracy over the epochs', ''),
     resized=('Images of each class before and after the resizer, beside plain resizes', 'The range that is black and white in the resizer\'s column stands above it, and is the same for every row.'),
     film=('What the resizer made of some images, from the first epoch to the last', 'One range of black and white for all of them.'),
-    spectrum=('Power spectra of each class before and after the resizer', 'Detail beyond the dashed line cannot be in the small image. Where a small image has more power than the input, that was amplified, folded down, or made.'),
-    response=('A zone plate after several resizers, and their gain for gratings by frequency', 'Gain: how far a grating comes out from what grey gives, over how far it went in. Beyond the dashed line all that comes through is folded.'),
+    spectrum=('Power spectra of each class before and after the resizer',
+              'Detail beyond the dashed line cannot be in the small image. Where a small image has more power than the input, that was amplified, folded down, or made.'),
+    response=('A zone plate after several resizers, and their gain for gratings by frequency',
+              'Gain: how far a grating comes out from what grey gives, over how far it went in. Beyond the dashed line all that comes through is folded.'),
     confusion=('Confusion matrix', ''),
     top_losses=('The validation images with the largest losses, before and after the resizer', ''))
 
@@ -374,7 +380,8 @@ def start_run(
 ) -> dict: # For `run.json`
     "Make the run folder, and say what is going to be trained"
     run = describe_run(learn, root, args)
-    if before and before['data']['fingerprint']!=run['data']['fingerprint']: raise UsageError(f'the images of {learn.path} have changed since it was started: give the run another --name, or remove that folder')
+    if before and before['data']['fingerprint']!=run['data']['fingerprint']:
+        raise UsageError(f'the images of {learn.path} have changed since it was started: give the run another --name, or remove that folder')
     learn.path.mkdir(parents=True, exist_ok=True)
     _write_json(learn.path/'run.json', run)
     if len(learn.dls.left_out): write_table(learn.dls.left_out, learn.path/'left_out.csv')
@@ -410,7 +417,7 @@ def resizer_train(
     valid_pct:float=None, # Share of each class for validation, in a folder without train and val
     noisy:int=None, # Percentage of wrong labels in training, for Imagenette and Imagewoof: 1, 5, 25 or 50
     arch:str='resnet50', # Body: a torchvision classifier, a fastai xresnet, or timm/NAME
-    resizer:str='learned', # learned, muller, bilinear, antialias, bicubic, none or pil
+    resizer:str='learned', # learned, muller, bilinear, antialias, bicubic, none or pil; arguments as in learned+num_kernels=32+zero_init=1
     size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
     out:str='224', # Size in pixels that the resizer puts out
     resize:str='squish', # How images reach the input size: squish, crop or pad
@@ -419,6 +426,9 @@ def resizer_train(
     bs:int=64, # Images in a batch
     seed:int=42, # Of everything that is random
     pretrained:bool=False, # Start from ImageNet's weights: fine_tune instead of fit_one_cycle
+    lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 when pretrained, else 1
+    clip:float=None, # Largest norm of the gradients
+    tune:bool=False, # Validate on a fifth of the training images, to choose settings with; the validation images are left alone
     precision:str='auto', # auto, fp32, bf16, or on CUDA fp16
     cache:str='none', # Where decoded images are kept: none, disk, ram or device
     workers:int=None, # Processes that read images; by default one a core, at most 16
@@ -430,7 +440,10 @@ def resizer_train(
     "Train a resizer and a classifier together, and write a run folder"
     data,size,out = str(data),parse_size(size),parse_size(out)
     args = {k:v for k,v in locals().items() if k not in ('resume','debug','name','runs')}
-    try: get_body(arch), make_resizer(resizer, out)
+    try:
+        get_body(arch)
+        kind,more = parse_resizer(resizer)
+        make_resizer(kind, out, **more)
     except ValueError as e: raise UsageError(e) from None
     if workers is not None and workers<0: raise UsageError(f'workers is a number of processes, 0 or more: got {workers}')
     if epochs<1: raise UsageError(f'epochs is 1 or more: got {epochs}')
@@ -442,8 +455,8 @@ def resizer_train(
     if before and is_finished(path, before):
         print(f'{path}: finished before')
         return load_run(path)
-    learn = recipe_learner(data, arch, resizer, size, out, seed, pretrained, precision, path, cbs=[MetricsLog(), Checkpoint(), Film()],
-                           bs=bs, limit=limit, valid_pct=valid_pct, noisy=noisy, resize=resize, cache=cache, num_workers=workers)
+    learn = recipe_learner(data, arch, resizer, size, out, seed, pretrained, precision, path, cbs=[MetricsLog(), Checkpoint(), Film(), *([] if clip is None else [GradientClip(clip)])],
+                           lr_mult=lr_mult, bs=bs, limit=limit, valid_pct=valid_pct, noisy=noisy, tune=tune, resize=resize, cache=cache, num_workers=workers)
     run = start_run(learn, root, args, before)
     done = learn.checkpoint.load()
     if before: print(f'going on after {done} epochs', flush=True)
@@ -462,6 +475,6 @@ def load_run(
     model,a = ResizerClassifier.from_pretrained(path/'model'),run['args']
     learn = recipe_learner(*[a[k] for k in ('data','arch','resizer','size','out','seed')], precision=a['precision'], path=path,
                            stats=(model.mean.flatten().tolist(), model.std.flatten().tolist()), num_workers=a['workers'],
-                           **{k: a[k] for k in ('bs','limit','valid_pct','noisy','resize','cache')})
+                           **{k: a[k] for k in ('bs','limit','valid_pct','noisy','tune','resize','cache')})
     learn.model = model.to(learn.dls.device)
     return learn

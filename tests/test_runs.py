@@ -104,6 +104,21 @@ def test_what_cannot_go_on(tmp_path, capsys):
     make_images(data, ['a/9.png'])
     with pytest.raises(UsageError, match='images of .* have changed'): resizer_train(**args, resume=True)
 
+def test_settings_are_part_of_the_run(tmp_path):
+    "Arguments of the resizer, its rate, clipping, a split to choose them on: in the command, in the training, and when the run is taken up again"
+    learn = resizer_train(**small | dict(resizer='learned+num_kernels=8+zero_init=1', limit=50), lr_mult=0.5, clip=1., tune=True, epochs=1, runs=tmp_path)
+    command = (learn.path/'run.json').read_text()
+    for o in ("--resizer learned+num_kernels=8+zero_init=1", '--lr_mult 0.5', '--clip 1.0', '--tune'): assert o in command
+    assert learn.model.resizer.num_kernels == 8 and learn.model.resizer.zero_init and learn.resizer_lr.mult == 0.5 and learn.gradient_clip.max_norm == 1
+    assert all(f.parent.parent.name == 'train' for f in learn.dls.valid_ds.items) and set(np.load(learn.path/'preds.npz')['names']) == {f.relative_to(get_path('sample')).as_posix() for f in learn.dls.valid_ds.items}
+    again = train.load_run(learn.path)
+    assert again.dls.valid_ds.items == learn.dls.valid_ds.items and again.resizer.num_kernels == 8
+
+def test_arms_with_arguments(tmp_path):
+    df = compare.resizer_compare(arms='bilinear,learned+num_kernels=4,learned', **small | dict(epochs=1), runs=tmp_path, name='c')
+    assert list(df.arm) == ['bilinear', 'learned+num_kernels=4', 'learned'] and 0 < df.parameters[1] < df.parameters[2]
+    with pytest.raises(UsageError, match="no argument 'kernels'"): compare.resizer_compare(arms='learned+kernels=4', **small, runs=tmp_path)
+
 def made(arm):
     "The model of an arm and its batches in two epochs"
     o = compare.cell_options(arm, 5)

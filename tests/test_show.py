@@ -22,6 +22,7 @@ def learn(): return small()
 
 @pytest.fixture(autouse=True)
 def closed():
+    plt.close('all')   # what other tests have left open
     yield
     plt.close('all')
 
