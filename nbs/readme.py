@@ -23,11 +23,11 @@ def cell(c, files):
     source = text(c['source']).strip()
     if c['cell_type'] != 'code': return [re.sub(r'\]\(([\w/-]+\.(ipynb|jpg|png))\)', r'](nbs/\1)', source)]
     lines = source.split('\n')
-    flags = {o[2:].split(':')[0].strip() for o in lines if o.startswith('#|')}
+    flags = {k.strip(): v.strip() for k, _, v in (o[2:].partition(':') for o in lines if o.startswith('#|'))}
     if 'hide' in flags: return []
     code = '\n'.join(o for o in lines if not o.startswith('#|')).strip()
     shown = [] if 'hide_input' in flags else [f'```python\n{code}\n```']
-    outputs = [output(o, files, code.split('\n')[-1].split('(')[0]) for o in c['outputs']]
+    outputs = [output(o, files, flags.get('fig-alt', '')) for o in c['outputs']]
     return shown + ([] if 'output' in flags else outputs)   # `output: false`: the picture is shown elsewhere
 
 def readme():
