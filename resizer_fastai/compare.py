@@ -13,7 +13,7 @@ from fastai.vision.all import *
 from scipy import optimize, stats
 import shlex
 from .data import UsageError, cli_command, get_path, parse_size
-from .resizer import make_resizer, resizer_names
+from .resizer import make_resizer
 from .learner import Frozen, ResizerClassifier
 from .show import draw_image, figure_text, picture, plain_text, resized_views, section, value_range, write_report
 from .train import changed_since, command_of, finished_run, is_finished, made_with, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure

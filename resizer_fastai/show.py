@@ -418,39 +418,44 @@ class ResizerInterpretation(ClassificationInterpretation):
         finally: self.vocab = vocab
         return plt.gcf()
 
-    def plot_top_losses(self,
-        k:int|list, # How many, or which ranks
-        largest:bool=True, # The largest losses, or the smallest
-        figsize:tuple=None, # In inches; by default about 2 a panel
-    ) -> plt.Figure:
-        "Input and resized image of the largest losses: prediction, truth, loss, probability"
-        losses,idxs = self.top_losses(None, largest)
-        return self._show_pairs(idxs[list(k) if is_listy(k) or isinstance(k, range) else slice(k)], figsize,
-                                lambda y,t,i: f'{y} / {t} / {self.losses[i].item():.2f} / {self.preds[i].max().item():.2f}', 'prediction / actual / loss / probability')
+# %% ../nbs/03_show.ipynb #0e1cc836
+@patch
+@plain_text
+def _show_pairs(self:ResizerInterpretation, idxs, figsize, title, what):
+    idxs = idxs.tolist()
+    if not idxs: raise ValueError('no images to show')
+    items = getattr(self.dl.items, 'iloc', L(self.dl.items))[idxs]   # as fastai's __getitem__ does
+    views = resized_views(self.learn.model, self.learn.dls.test_dl(items, bs=len(idxs), num_workers=0).one_batch()[0], ())
+    lo,hi,said = value_range(views['resized'])
+    rows = math.ceil(len(idxs)/2)
+    fig,axs = plt.subplots(rows, 4, figsize=figsize or (9, 2.3*rows+0.5), squeeze=False, layout='constrained')
+    for i,left,right,x,y in zip(idxs, axs.flat[::2], axs.flat[1::2], *views.values()):
+        draw_image(left, x), draw_image(right, y, lo, hi)
+        pred,true = _label(self.vocab, self.decoded[i]),_label(self.vocab, self.targs[i])
+        left.set_title(title(pred, true, i), fontsize=8, loc='left', color='black' if pred==true else '#D55E00')
+    for ax in axs.flat[2*len(idxs):]: ax.remove()
+    fig.suptitle(f'{what}; input {_size(views["input"])} and resized {_size(views["resized"])} ({said})', fontsize=9)
+    return fig
 
-    def show_results(self,
-        idxs:list, # Places in the images
-        figsize:tuple=None, # In inches; by default about 2 a panel
-    ) -> plt.Figure:
-        "Input and resized image: truth and prediction"
-        return self._show_pairs(tensor(idxs).view(-1), figsize, lambda y,t,i: f'{t}\n{y}', 'actual, prediction')
+# %% ../nbs/03_show.ipynb #99364db9
+@patch
+def plot_top_losses(self:ResizerInterpretation,
+    k:int|list, # How many, or which ranks
+    largest:bool=True, # The largest losses, or the smallest
+    figsize:tuple=None, # In inches; by default about 2 a panel
+) -> plt.Figure:
+    "Input and resized image of the largest losses: prediction, truth, loss, probability"
+    losses,idxs = self.top_losses(None, largest)
+    return self._show_pairs(idxs[list(k) if is_listy(k) or isinstance(k, range) else slice(k)], figsize,
+                            lambda y,t,i: f'{y} / {t} / {self.losses[i].item():.2f} / {self.preds[i].max().item():.2f}', 'prediction / actual / loss / probability')
 
-    @plain_text
-    def _show_pairs(self, idxs, figsize, title, what):
-        idxs = idxs.tolist()
-        if not idxs: raise ValueError('no images to show')
-        items = getattr(self.dl.items, 'iloc', L(self.dl.items))[idxs]   # as fastai's __getitem__ does
-        views = resized_views(self.learn.model, self.learn.dls.test_dl(items, bs=len(idxs), num_workers=0).one_batch()[0], ())
-        lo,hi,said = value_range(views['resized'])
-        rows = math.ceil(len(idxs)/2)
-        fig,axs = plt.subplots(rows, 4, figsize=figsize or (9, 2.3*rows+0.5), squeeze=False, layout='constrained')
-        for i,left,right,x,y in zip(idxs, axs.flat[::2], axs.flat[1::2], *views.values()):
-            draw_image(left, x), draw_image(right, y, lo, hi)
-            pred,true = _label(self.vocab, self.decoded[i]),_label(self.vocab, self.targs[i])
-            left.set_title(title(pred, true, i), fontsize=8, loc='left', color='black' if pred==true else '#D55E00')
-        for ax in axs.flat[2*len(idxs):]: ax.remove()
-        fig.suptitle(f'{what}; input {_size(views["input"])} and resized {_size(views["resized"])} ({said})', fontsize=9)
-        return fig
+@patch
+def show_results(self:ResizerInterpretation,
+    idxs:list, # Places in the images
+    figsize:tuple=None, # In inches; by default about 2 a panel
+) -> plt.Figure:
+    "Input and resized image: truth and prediction"
+    return self._show_pairs(tensor(idxs).view(-1), figsize, lambda y,t,i: f'{t}\n{y}', 'actual, prediction')
 
 # %% ../nbs/03_show.ipynb #26659826
 @patch
