@@ -17,6 +17,8 @@ from .learner import FiniteLoss, RecalibrateBN, ResizerClassifier, evaluating, g
 from .show import Film, ResizerInterpretation, picture, section, write_report
 from . import __version__
 from collections import Counter
+from contextlib import suppress
+from functools import cache
 from importlib.resources import files
 from matplotlib.ticker import MaxNLocator
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,7 +129,7 @@ def fit_recipe(
     elif not done: learn.fine_tune(epochs, lr)
     else:   # what `fine_tune` does after its frozen epoch
         learn.unfreeze()
-        learn.fit_one_cycle(epochs, slice(lr/200, lr/2), pct_start=0.3, div=5., start_epoch=done-1)
+        learn.fit_one_cycle(epochs, slice(lr/2/100, lr/2), pct_start=0.3, div=5., start_epoch=done-1)
 
 # %% ../nbs/04_train.ipynb #410b8646
 def data_fingerprint(
@@ -149,7 +151,8 @@ def device_name(
 
 def _reset_peak_memory(device):
     if device.type=='cuda': torch.cuda.reset_peak_memory_stats(device)
-    elif Path('/proc/self/clear_refs').exists(): Path('/proc/self/clear_refs').write_text('5')   # Linux: the peak starts anew
+    else:
+        with suppress(OSError): Path('/proc/self/clear_refs').write_text('5')   # Linux, where it is allowed: the peak starts anew
 
 def _peak_memory(device):
     "Most bytes held since `_reset_peak_memory`: allocated on the GPU, or resident in this process; None where that cannot be told"
@@ -158,8 +161,9 @@ def _peak_memory(device):
     except (OSError, TypeError): return None   # not Linux
 
 # %% ../nbs/04_train.ipynb #924a3a7e
+@cache
 def code_fingerprint() -> str: # 8 hexadecimal digits
-    "A hash of the modules that training depends on"
+    "A hash of the modules that training depends on, as they are when it is first asked for"
     return hashlib.sha256(b''.join((files('resizer_fastai')/f'{o}.py').read_bytes() for o in ('data','resizer','learner','train'))).hexdigest()[:8]
 
 def versions():

@@ -204,7 +204,10 @@ def test_grey_images(tmp_path):
     make_images(tmp_path, [f'{c}/{i}.png' for c in 'ab' for i in range(6)])
     dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=0.5, seed=0, bs=4, item_tfms=Resize(32), num_workers=0, img_cls=PILImageBW)
     l = resizer_learner(dls, resnet18, size=16, n_in=1, **plain)
-    for f in ('resized', 'spectrum', 'response', 'cam', 'top_losses'): figures[f](l)
+    for f in ('spectrum', 'response', 'cam', 'top_losses'): figures[f](l)
+    drawn = l.show_resized(items=[0]).axes[0].images[0].get_array()
+    assert drawn.shape == (32, 32)   # one channel
+    np.testing.assert_allclose(drawn, np.array(PILImageBW.create(dls.valid_ds.items[0]).resize((32, 32)))/255, atol=0.2)
 
 def test_several_labels_an_image(tmp_path):
     make_images(tmp_path, [f'{i}.png' for i in range(8)])
@@ -226,7 +229,13 @@ def test_images_of_a_data_frame(tmp_path):
     df = pd.DataFrame(dict(name=[f'{i}.png' for i in range(24)], label=list('ab')*12), index=range(100, 124))
     dls = ImageDataLoaders.from_df(df, tmp_path, fn_col='name', label_col='label', valid_pct=0.5, seed=0, bs=4, item_tfms=Resize(32), num_workers=0)
     interp = resizer_learner(dls, resnet18, size=16, **plain).interpret()
-    interp.plot_top_losses(3), interp.show_results([0])
+    fig = interp.plot_top_losses(3)
+    for ax, i in zip(fig.axes[::2], interp.top_losses(3)[1]):
+        item = dls.valid_ds.items.iloc[int(i)]
+        x = resized_views(interp.learn.model, interp.learn.model.read_batch(tmp_path/item['name']))['input'][0]
+        assert np.corrcoef(ax.images[0].get_array().ravel(), x.permute(1, 2, 0).numpy().ravel())[0, 1] > 0.9
+        assert ax.get_title(loc='left').split(' / ')[1] == item.label
+    assert interp.show_results([0]).axes[0].get_title(loc='left').split('\n')[0] == dls.valid_ds.items.iloc[0].label
 
 @pytest.mark.parametrize('items,says', [([True, False], 'no mask'), ([0, 'a.png'], 'not both'), ([0.5], 'not both'), ([-1], 'holds 20 images'), ([20], 'holds 20 images'), ([], 'no images')])
 def test_items_that_make_no_sense(learn, items, says):
