@@ -16,7 +16,7 @@ from .data import UsageError, cli_command, get_path, parse_size
 from .resizer import make_resizer
 from .learner import Frozen, ResizerClassifier
 from .show import draw_image, figure_text, picture, plain_text, resized_views, section, value_range, write_report
-from .train import changed_since, command_of, finished_run, is_finished, made_with, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure
+from .train import changed_since, command_of, finished_run, is_finished, made_with, only_process, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure
 
 # %% ../nbs/05_compare.ipynb #c106d16d
 def paired_interval(
@@ -75,6 +75,12 @@ def complete_options(
     options = _defaults | options
     return options | {k: parse_size(options[k]) for k in ('size','out')}
 
+def _move_aside(path, changed):
+    "Keep a run that was made otherwise under another name"
+    aside = next(o for i in itertools.count(1) if not (o := path.with_name(f'{path.name}.old-{i}')).exists())
+    with only_process(path): path.rename(aside)
+    print(f'{path}: was started with {"; ".join(changed)}; moved to {aside.name} and run afresh')
+
 def run_cell(
     root:Path, # Folder of the comparison
     **options # Of `resizer_train`
@@ -84,13 +90,11 @@ def run_cell(
     path = root/run_name(*[options[o] for o in ('data','arch','resizer','seed')])
     if path.exists():
         run = read_run(path)
-        if changed := changed_since(run, options):
-            aside = next(o for i in itertools.count(1) if not (o := path.with_name(f'{path.name}.old-{i}')).exists())
-            path.rename(aside)
-            print(f'{path}: was started with {"; ".join(changed)}; moved to {aside.name} and run afresh')
-        elif is_finished(path, run):
+        changed = changed_since(run, options)
+        if not changed and is_finished(path, run):
             print(f'{path}: finished before, with the same options and versions')
             return path
+        if changed: _move_aside(path, changed)
     resizer_train(**options, runs=str(root), resume=True)
     return path
 

@@ -87,7 +87,7 @@ class Resizer(nn.Module):
     def __init__(self,
         size:int|tuple=224, # Target size in pixels: a number, or (height, width)
         in_channels:int=3, # Channels of the images that come in
-        out_channels:int=3, # Channels that go out; if not `in_channels`, the skip of the image passes a 1x1 convolution
+        out_channels:int=3, # Channels that go out; if not `in_channels`, the skip of a resized image passes a 1x1 convolution
         num_kernels:int=16, # Channels of the features, n in the paper
         num_resblocks:int=2, # Residual blocks, r in the paper
         negative_slope:float=0.2, # Of every LeakyReLU
@@ -95,18 +95,21 @@ class Resizer(nn.Module):
         antialias:bool=False, # Antialias both resizes; for bilinear and bicubic
         zero_init:bool=False, # Start the last convolution at zero, so that training starts from the plain resize
         norm:str='batch', # 'batch' as in the paper; 'group' (of 4 groups) and 'none' keep no running statistics
+        skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
     ):
         super().__init__()
         if norm not in norms: raise ValueError(f'no norm {norm!r}: there are {", ".join(norms)}')
-        n,size = num_kernels,_check_size(size)
-        store_attr()
+        n,size,k = num_kernels,_check_size(size),math.isqrt(out_channels//in_channels)
+        if skip_mode not in ('resize','unshuffle'): raise ValueError(f'the skip_mode is resize or unshuffle: got {skip_mode!r}')
+        if skip_mode=='unshuffle' and (k<1 or out_channels!=in_channels*k*k): raise ValueError(f'skip_mode unshuffle has k² times the channels, such as 12 of 3: got out_channels {out_channels} of {in_channels}')
+        store_attr(but='k')
         self.resize = FixedResizer(size, interpolate_mode, antialias)
         self.stem = nn.Sequential(nn.Conv2d(in_channels, n, 7, padding=3), nn.LeakyReLU(negative_slope),
                                   nn.Conv2d(n, n, 1), nn.LeakyReLU(negative_slope), norms[norm](n))
         self.blocks = nn.Sequential(*[ResidualBlock(n, negative_slope, norm) for _ in range(num_resblocks)])
         self.merge = nn.Sequential(*_conv_norm(n, norm))
         self.out = nn.Conv2d(n, out_channels, 7, padding=3)
-        self.skip = nn.Identity() if in_channels==out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.skip = nn.PixelUnshuffle(k) if skip_mode=='unshuffle' else nn.Identity() if in_channels==out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
         if zero_init: nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def forward(self,
@@ -116,7 +119,10 @@ class Resizer(nn.Module):
         _check_input(x, self.in_channels)
         features = self.resize(self.stem(x), size)
         detail = self.out(features + self.merge(self.blocks(features)))
-        return detail + self.skip(self.resize(x, size))
+        if self.skip_mode=='resize': return detail + self.skip(self.resize(x, size))
+        h,w = [self.skip.downscale_factor*o for o in detail.shape[-2:]]
+        if (h,w)!=tuple(x.shape[-2:]): raise ValueError(f'with skip_mode unshuffle this resizer takes images of {h}x{w}: got {x.shape[-2]}x{x.shape[-1]}')
+        return detail + self.skip(x)
 
 # %% ../nbs/01_resizer.ipynb #aceafba3
 class MullerResizer(nn.Module):
@@ -171,7 +177,7 @@ def parse_resizer(
     "A resizer as it is written on the command line"
     name,*given = spec.split('+')
     if name not in resizer_names: raise ValueError(f'no resizer {name!r}: there are {", ".join(resizer_names)}')
-    known = {k:type(p.default) for k,p in inspect.signature(resizer_names[name][0]).parameters.items() if p.default is not p.empty and k not in ('size','in_channels','out_channels')}
+    known = {k:type(p.default) for k,p in inspect.signature(resizer_names[name][0]).parameters.items() if p.default is not p.empty and k not in ('size','in_channels')}
     args = {}
     for o in given:
         k,_,v = o.partition('=')

@@ -37,6 +37,11 @@ def _controls(controls):
     return controls
 
 # %% ../nbs/03_show.ipynb #3aed58d8
+def _resized(model, x):
+    "What the resizer makes of normalised images; pixels that it moved into channels are put back where they were"
+    y = model.resizer(x)
+    return F.pixel_shuffle(y, model.resizer.skip.downscale_factor) if getattr(model.resizer, 'skip_mode', None)=='unshuffle' else y
+
 @torch.no_grad()
 def resized_views(
     model:ResizerClassifier,
@@ -46,7 +51,7 @@ def resized_views(
 ) -> dict: # `input`, the controls, `resized`: tensors (N, C, H, W) on the CPU, 0 to 1 for what an image holds
     "Images before and after the model's resizer, and after plain resizes to the same size"
     x = x.as_subclass(Tensor)
-    with evaluating(model): y = torch.cat([model.resizer(b.to(model.mean.device)).float().cpu() for b in x.split(bs)])
+    with evaluating(model): y = torch.cat([_resized(model, b.to(model.mean.device)).float().cpu() for b in x.split(bs)])
     if y.shape[1]!=x.shape[1]: raise ValueError(f'a resizer from {x.shape[1]} to {y.shape[1]} channels has no image to show')
     x = x.float().cpu()
     views = dict(input=x, **{k: make_resizer(k, tuple(y.shape[-2:]))(x) for k in _controls(controls)}, resized=y)
@@ -301,7 +306,7 @@ def gratings(
 def _responses(model, x):
     "What fixed resizers, MULLER and the model's own make of images `x` (N, 1, H, W) from 0 to 1, in the same units"
     x = x.expand(-1, model.n_in, -1, -1).to(model.mean.device)
-    with evaluating(model): y = model.resizer((x-model.mean)/model.std)*model.std+model.mean
+    with evaluating(model): y = _resized(model, (x-model.mean)/model.std)*model.std+model.mean
     size = tuple(y.shape[-2:])
     views = dict(bilinear=FixedResizer(size)(x), antialias=FixedResizer(size, antialias=True)(x), muller=_muller(size).to(x.device)(x), resized=y)
     return {k: v.float().cpu() for k,v in views.items()}

@@ -1,12 +1,12 @@
 "Runs that are interrupted go on as if they had not been, and arms differ in nothing but the resizer."
-import os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import Callback, set_seed
+from fastai.vision.all import Callback, first, risinstance, set_seed
 from conftest import make_images
 from resizer_fastai import compare, train
-from resizer_fastai.data import UsageError, get_path
-from resizer_fastai.learner import FiniteLoss, ResizerClassifier
+from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
+from resizer_fastai.learner import EMACallback, FiniteLoss, ResizerClassifier
 from resizer_fastai.show import Film, resized_views
 from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, recipe_learner, resizer_train
 
@@ -55,14 +55,14 @@ def fit(learn, pretrained, done=0):
     set_seed(3)
     with learn.no_bar(), learn.no_logging(): fit_recipe(learn, 2 if pretrained else 3, 1e-3, pretrained, done)
 
-@pytest.mark.parametrize('at', [1, 2])
-@pytest.mark.parametrize('pretrained', [False, True])
-def test_any_epoch_of_either_recipe(tmp_path, pretrained, at):
-    "`fine_tune`, too: after its frozen epoch, and after the first open one"
-    whole, broken = learner(tmp_path/'whole'), learner(tmp_path/'broken', Stop(at))
+@pytest.mark.parametrize('pretrained,at,ema', [(False, 1, False), (False, 2, False), (True, 1, False), (True, 2, False), (False, 2, True), (True, 1, True)])
+def test_any_epoch_of_either_recipe(tmp_path, pretrained, at, ema):
+    "`fine_tune`, too: after its frozen epoch, and after the first open one; an average of the weights goes on as well"
+    def made(name, *cbs): return learner(tmp_path/name, *cbs, *([EMACallback(0.9)] if ema else []))
+    whole, broken = made('whole'), made('broken', Stop(at))
     fit(whole, pretrained)
     with pytest.raises(KeyboardInterrupt): fit(broken, pretrained)
-    again = learner(tmp_path/'broken')
+    again = made('broken')
     done = again.checkpoint.load()
     assert done == at
     fit(again, pretrained, done)
@@ -78,17 +78,38 @@ def test_the_old_checkpoint_stands_until_the_new_one_is_whole(tmp_path, monkeypa
     with l.no_bar(), l.no_logging(), pytest.raises(OSError, match='No space'): l.fit(1)
     assert l.checkpoint.file.read_bytes() == before
 
-def test_interrupted_after_training(tmp_path, monkeypatch):
-    "A run without its report is not finished; taken up again it trains no more"
+@pytest.mark.parametrize('ema', [None, 0.9])
+def test_interrupted_after_training(tmp_path, monkeypatch, ema):
+    "A run without its report is not finished; taken up again it trains no more, and says what it said"
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(train, 'save_pictures', stop)
-        resizer_train(**small, epochs=1, runs=tmp_path)
+        resizer_train(**small, epochs=1, ema=ema, runs=tmp_path)
     path = tmp_path/'sample-resnet18-learned-42'
-    before = metrics(path)
+    before, said = metrics(path), np.load(path/'preds.npz')['probs']
     assert (path/'checkpoint'/'last.pth').exists()
-    resizer_train(**small, epochs=1, runs=tmp_path, resume=True)
+    resizer_train(**small, epochs=1, ema=ema, runs=tmp_path, resume=True)
     assert metrics(path) == before and (path/'report.html').exists() and not (path/'checkpoint').exists()
+    assert (np.load(path/'preds.npz')['probs'] == said).all()
+
+def test_start_from_another_run(tmp_path, monkeypatch, capsys):
+    "Body, head and normalisation are those of the run of the same seed, the resizer is new; so for every arm of a comparison"
+    with monkeypatch.context() as m:
+        m.setattr(train, 'plain_head', {})   # fastai's head, as after fine_tune
+        bases = [resizer_train(**small | dict(resizer='bilinear'), epochs=1, seed=o, runs=tmp_path/'base') for o in (0, 1)]
+    for b in bases:
+        config = b.path/'model'/'config.json'
+        config.write_text(json.dumps(json.loads(config.read_text()) | dict(mean=[0.5]*3)))
+    args = small | dict(start=str(tmp_path/'base'/'sample-resnet18-bilinear-{seed}'))
+    for seed, b in enumerate(bases):
+        learn = recipe_learner(**train._recipe_options(args | dict(seed=seed)))
+        for part in ('body', 'head'):
+            for x, y in zip(getattr(learn.model, part).state_dict().values(), getattr(b.model, part).state_dict().values(), strict=True): assert torch.equal(x, y)
+        assert (learn.model.mean == 0.5).all() and first(learn.dls.train.after_batch.fs, risinstance(NormalizeInPlace)).mean.unique() == 0.5
+    compare.resizer_compare(arms='bilinear,learned', seeds='0,1', **args, dry_run=True)
+    assert capsys.readouterr().out.count("--start '"+args['start']+"'") == 4
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(vocab=list('abcdefghij'))))
+    with pytest.raises(UsageError, match='has other classes: a, b'): recipe_learner(**train._recipe_options(args | dict(seed=1)))
 
 def test_what_cannot_go_on(tmp_path, capsys):
     "Other options, other images; a run that is finished says so and is left alone"
