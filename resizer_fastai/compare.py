@@ -340,7 +340,7 @@ def plot_runs(
 def _differing(root, a, b, names):
     "Pictures of the images that two runs differ on, if there are any"
     try: file = save_figure(compare_runs(a, b), root/'images'/'differ.png')
-    except UsageError: return []
+    except (FileNotFoundError, UsageError): return []   # runs may be brought together without their models
     return [picture(file, f'Images that only {names[0]} gets right, then images that only {names[1]} does', 'Below each view: what the body says, and how sure it is. Coloured: wrong.')]
 
 def comparison_report(

@@ -465,9 +465,13 @@ def only_process(
 ):
     "Hold the lock beside a run folder, `.NAME.lock`, or raise if another process does"
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(path.with_name(f'.{path.name}.lock')).acquire(timeout=0)
+    file = path.with_name(f'.{path.name}.lock')
+    try: lock = FileLock(file).acquire(timeout=0)
     except Timeout: raise UsageError(f'{path} is being trained by another process') from None
-    with lock: yield
+    with lock:
+        try: yield
+        finally:
+            with suppress(OSError): file.unlink()   # Windows keeps it
 
 # %% ../nbs/04_train.ipynb #049e4f8e
 def check_options(
@@ -494,24 +498,28 @@ def _recipe_options(args):
     if args.get('start'): options['start'] = args['start'].replace('{seed}', str(args['seed']))
     return options | dict(num_workers=args['workers'])
 
+def _run_or_none(path): return read_run(path) if path.exists() else None
+
 def train_run(
     path:Path, # Run folder
     args:dict, # Options of `resizer_train`
 ) -> Learner: # Trained
     "Train what `args` say, or go on with it; what is finished stays as it is"
-    before,root = read_run(path) if path.exists() else None,get_path(args['data'])
+    before,root = _run_or_none(path),get_path(args['data'])
     if before and (changed := changed_since(before, args)): raise UsageError(f'{path} was started with {"; ".join(changed)}: give the run another --name, or remove that folder')
     if before and is_finished(path, before):
         print(f'{path}: finished before')
         return load_run(path)
     learn = recipe_learner(**_recipe_options(args), path=path, cbs=[MetricsLog(), Checkpoint(), Film()])
-    run = start_run(learn, root, args, before)
-    done = learn.checkpoint.load()
-    if before: print(f'going on after {done} epochs', flush=True)
-    set_seed(args['seed'])
-    _reset_peak_memory(learn.dls.device)
-    fit_recipe(learn, args['epochs'], args['lr'], args['pretrained'], done, args['schedule'])
-    finish_run(learn, root, run)
+    with only_process(path):
+        if _run_or_none(path)!=before: raise UsageError(f'{path} has been started by another process')
+        run = start_run(learn, root, args, before)
+        done = learn.checkpoint.load()
+        if before: print(f'going on after {done} epochs', flush=True)
+        set_seed(args['seed'])
+        _reset_peak_memory(learn.dls.device)
+        fit_recipe(learn, args['epochs'], args['lr'], args['pretrained'], done, args['schedule'])
+        finish_run(learn, root, run)
     return learn
 
 # %% ../nbs/04_train.ipynb #5b327ad6
@@ -553,7 +561,7 @@ def resizer_train(
     path,root = Path(runs)/(name or run_name(data, arch, resizer, seed)),get_path(data)
     if path.exists() and not resume: raise UsageError(f'{path} exists: go on with it with --resume, give the run another --name, or remove that folder')
     if path.resolve().is_relative_to(root.resolve()): raise UsageError(f'{path} would lie in the data, {root}: give another folder for the --runs')
-    with only_process(path): return train_run(path, args)
+    return train_run(path, args)
 
 # %% ../nbs/04_train.ipynb #e9cbf715
 def load_run(

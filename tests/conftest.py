@@ -1,4 +1,6 @@
 import os, subprocess, sys
+from importlib.metadata import entry_points
+from multiprocessing import get_context
 from pathlib import Path
 import pytest
 
@@ -12,14 +14,31 @@ def photos():
     if not path.is_dir(): pytest.skip(f'no photographs: {path} is absent; resizer_fastai.data.get_path("imagewoof-320") downloads them')
     return path
 
+server = get_context('forkserver')   # it imports once, and every command begins as a copy of it
+server.set_forkserver_preload(['resizer_fastai.compare', 'resizer_fastai.bench'])
+
+def command(name, args, cwd, env, out, err):
+    "Be the console script `name`"
+    for fd, file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), fd)
+    os.chdir(cwd)
+    os.environ.update(env)
+    sys.argv = [name, *args]
+    sys.exit(entry_points(group='console_scripts')[name].load()())
+
 @pytest.fixture
-def shell(tmp_path):
+def shell(tmp_path, tmp_path_factory):
     "Run a command as a shell would, in an empty folder; nothing outside this machine can be reached"
-    blocked = dict.fromkeys(['http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'], 'http://127.0.0.1:9')
+    blocked = dict.fromkeys(['http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'], 'http://127.0.0.1:9') | dict(PYTHONWARNINGS='ignore')
+    def installed(args, env):   # with what a process reads from its environment as it begins
+        return subprocess.run([str(Path(sys.executable).parent/args[0]), *args[1:]], cwd=tmp_path, env=os.environ | blocked | env, capture_output=True, text=True, timeout=300)
     def run(*args, **env):
-        command = [str(Path(sys.executable).parent/args[0]), *map(str, args[1:])]
-        env = os.environ | blocked | dict(PYTHONWARNINGS='ignore') | {k: str(v) for k, v in env.items()}
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        args = list(map(str, args))
+        if env: return installed(args, {k: str(v) for k, v in env.items()})
+        out, err = [tmp_path_factory.mktemp('shell')/o for o in ('out', 'err')]
+        p = server.Process(target=command, args=(args[0], args[1:], tmp_path, blocked, out, err))
+        p.start()
+        p.join(300)
+        return subprocess.CompletedProcess(args, p.exitcode, out.read_text(), err.read_text())
     return run
 
 def make_images(root, names, size=(40, 40)):

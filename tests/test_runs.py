@@ -1,5 +1,5 @@
 "Runs that are interrupted go on as if they had not been, and arms differ in nothing but the resizer."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, first, risinstance, set_seed
@@ -16,6 +16,11 @@ exact = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'lr']
 def metrics(path): return pd.read_csv(path/'metrics.csv')[exact].values.tolist()
 
 def flags(**kwargs): return [o for k, v in kwargs.items() for o in (f'--{k}', str(v))]
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    "Runs as they are but for the pictures of their reports, which take most of the time of a small run"
+    monkeypatch.setattr(train, 'save_pictures', lambda *args: None)
 
 def test_a_comparison_that_is_killed_goes_on(tmp_path):
     "Finished cells stay, the one that was killed goes on from its last whole epoch, and ends where it would have ended"
@@ -92,7 +97,7 @@ def test_interrupted_after_training(tmp_path, monkeypatch, ema):
     assert metrics(path) == before and (path/'report.html').exists() and not (path/'checkpoint').exists()
     assert (np.load(path/'preds.npz')['probs'] == said).all()
 
-def test_start_from_another_run(tmp_path, monkeypatch, capsys):
+def test_start_from_another_run(tmp_path, monkeypatch, capsys, no_pictures):
     "Body, head and normalisation are those of the run of the same seed, the resizer is new; so for every arm of a comparison"
     with monkeypatch.context() as m:
         m.setattr(train, 'plain_head', {})   # fastai's head, as after fine_tune
@@ -111,7 +116,7 @@ def test_start_from_another_run(tmp_path, monkeypatch, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(vocab=list('abcdefghij'))))
     with pytest.raises(UsageError, match='has other classes: a, b'): recipe_learner(**train._recipe_options(args | dict(seed=1)))
 
-def test_what_cannot_go_on(tmp_path, capsys):
+def test_what_cannot_go_on(tmp_path, capsys, no_pictures):
     "Other options, other images; a run that is finished says so and is left alone"
     data = make_images(tmp_path/'data', [f'{c}/{i}.png' for c in 'ab' for i in range(6)])
     args = small | dict(data=data, limit=None, valid_pct=0.5, epochs=1, runs=tmp_path/'runs', name='r')
@@ -125,7 +130,7 @@ def test_what_cannot_go_on(tmp_path, capsys):
     make_images(data, ['a/9.png'])
     with pytest.raises(UsageError, match='images of .* have changed'): resizer_train(**args, resume=True)
 
-def test_settings_are_part_of_the_run(tmp_path):
+def test_settings_are_part_of_the_run(tmp_path, no_pictures):
     "Arguments of the resizer, its rate, clipping, a split to choose them on: in the command, in the training, and when the run is taken up again"
     learn = resizer_train(**small | dict(resizer='learned+num_kernels=8+zero_init=1', limit=50), lr_mult=0.5, clip=1., tune=True, epochs=1, runs=tmp_path)
     command = (learn.path/'run.json').read_text()
@@ -135,7 +140,7 @@ def test_settings_are_part_of_the_run(tmp_path):
     again = train.load_run(learn.path)
     assert again.dls.valid_ds.items == learn.dls.valid_ds.items and again.resizer.num_kernels == 8
 
-def test_arms_with_arguments(tmp_path):
+def test_arms_with_arguments(tmp_path, no_pictures):
     df = compare.resizer_compare(arms='bilinear,learned+num_kernels=4,learned', **small | dict(epochs=1), runs=tmp_path, name='c')
     assert list(df.arm) == ['bilinear', 'learned+num_kernels=4', 'learned'] and 0 < df.parameters[1] < df.parameters[2]
     with pytest.raises(UsageError, match="no argument 'kernels'"): compare.resizer_compare(arms='learned+kernels=4', **small, runs=tmp_path)
@@ -159,7 +164,7 @@ def test_again_is_bilinear_with_other_draws():
     (a, _), (b, _) = made('again'), made('bilinear')
     assert type(a.resizer) is type(b.resizer) and not torch.equal(a.body[0].weight, b.body[0].weight)
 
-def test_collect_takes_what_is_there_and_nothing_else(tmp_path):
+def test_collect_takes_what_is_there_and_nothing_else(tmp_path, no_pictures):
     "Unfinished and replaced runs are left out; runs with other options are an error that names them"
     args = small | dict(epochs=1, runs=tmp_path, name='c')
     compare.resizer_compare(arms='bilinear,learned', seeds='0', **args)
@@ -203,9 +208,30 @@ def test_the_last_epoch_counts(two):
         m = pd.read_csv(path/'metrics.csv')
         np.testing.assert_allclose(dots.get_offsets()[0], [m.seconds.sum(), 100*m.accuracy.iloc[-1]])
 
-def test_runs_of_other_images_are_not_compared(two, tmp_path):
+def test_runs_of_other_images_are_not_compared(two, tmp_path, no_pictures):
     "The same names of files do not make the same images"
     for d, size in (('p', 40), ('q', 44)): make_images(tmp_path/d, [f'{c}/{i}.png' for c in 'ab' for i in range(6)], (size, size))
     p, q = [resizer_train(**small | dict(data=tmp_path/d, limit=None, valid_pct=0.5), epochs=1, runs=tmp_path/'runs', name=d).path for d in 'pq']
     for other in (two[0], q):
         with pytest.raises(UsageError, match='have other validation images'): compare.compare_runs(p, other)
+
+def test_a_folder_that_another_process_has_begun(tmp_path, monkeypatch):
+    "While this one was reading images: it is left alone"
+    real = train.recipe_learner
+    def meanwhile(**kwargs):
+        (tmp_path/'r').mkdir()
+        (tmp_path/'r'/'run.json').write_text('{"theirs": 1}')
+        return real(**kwargs)
+    monkeypatch.setattr(train, 'recipe_learner', meanwhile)
+    with pytest.raises(UsageError, match='r has been started by another process'): resizer_train(**small, epochs=1, name='r', runs=tmp_path)
+    assert (tmp_path/'r'/'run.json').read_text() == '{"theirs": 1}' and [o.name for o in tmp_path.iterdir()] == ['r']
+
+def test_runs_are_brought_together_without_their_models(tmp_path, no_pictures):
+    "What a table needs of a cell is small: run.json, metrics.csv and preds.npz"
+    args = small | dict(arms='bilinear,learned', epochs=1, runs=tmp_path, name='c')
+    df = compare.resizer_compare(**args)
+    for o in (tmp_path/'c').glob('sample-*'):
+        shutil.rmtree(o/'model')
+    (tmp_path/'c'/'report.html').unlink()
+    again = compare.resizer_compare(**args, collect=True)
+    assert again.equals(df) and (tmp_path/'c'/'report.html').exists()
