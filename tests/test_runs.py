@@ -17,10 +17,12 @@ def metrics(path): return pd.read_csv(path/'metrics.csv')[exact].values.tolist()
 
 def flags(**kwargs): return [o for k, v in kwargs.items() for o in (f'--{k}', str(v))]
 
-@pytest.fixture
-def no_pictures(monkeypatch):
+def no_pictures_of(monkeypatch):
     "Runs as they are but for the pictures of their reports, which take most of the time of a small run"
     monkeypatch.setattr(train, 'save_pictures', lambda *args: None)
+
+@pytest.fixture
+def no_pictures(monkeypatch): no_pictures_of(monkeypatch)
 
 def test_a_comparison_that_is_killed_goes_on(tmp_path):
     "Finished cells stay, the one that was killed goes on from its last whole epoch, and ends where it would have ended"
@@ -182,7 +184,9 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path, no_pictures):
 def two(tmp_path_factory):
     "A learned and a bilinear run on the same images"
     root = tmp_path_factory.mktemp('two')
-    return [resizer_train(**small | dict(resizer=o), epochs=2, runs=root).path for o in ('learned', 'bilinear')]
+    with pytest.MonkeyPatch.context() as m:
+        no_pictures_of(m)
+        return [resizer_train(**small | dict(resizer=o), epochs=2, runs=root).path for o in ('learned', 'bilinear')]
 
 def test_two_runs_image_by_image(two):
     "Each image that one gets right and the other wrong, with its own input and what each resizer makes of it"
