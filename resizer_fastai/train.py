@@ -7,7 +7,7 @@ __all__ = ['plain_head', 'optimizers', 'schedules', 'recipe_learner', 'MetricsLo
            'data_fingerprint', 'device_name', 'code_fingerprint', 'versions', 'multiply_adds', 'command_of',
            'describe_run', 'save_run', 'plot_curves', 'save_figure', 'save_pictures', 'run_pictures', 'read_run',
            'finished_run', 'made_with', 'run_report', 'run_name', 'is_finished', 'changed_since', 'start_run',
-           'finish_run', 'only_process', 'check_options', 'train_run', 'resizer_train', 'load_run']
+           'finish_run', 'only_process', 'check_options', 'keep_memory', 'train_run', 'resizer_train', 'load_run']
 
 # %% ../nbs/04_train.ipynb #66b62f42
 from fastai.vision.all import *
@@ -24,7 +24,7 @@ from functools import cache
 from importlib.resources import files
 from matplotlib.ticker import MaxNLocator
 from torch.utils.flop_counter import FlopCounterMode
-import fastai, hashlib, platform, shlex, shutil, torchvision
+import ctypes, fastai, hashlib, platform, shlex, shutil, torchvision
 
 # %% ../nbs/04_train.ipynb #deb81238
 plain_head = dict(lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=None)
@@ -498,6 +498,14 @@ def _recipe_options(args):
     if args.get('start'): options['start'] = args['start'].replace('{seed}', str(args['seed']))
     return options | dict(num_workers=args['workers'])
 
+def keep_memory():
+    "Let the C library keep what is freed for the next layer, where it would give it back to the system and have it cleared again (glibc; for the whole process)"
+    M_TRIM_THRESHOLD,M_MMAP_MAX = -1,-4
+    with suppress(AttributeError, OSError, TypeError):   # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31-1)
+
 def _run_or_none(path): return read_run(path) if path.exists() else None
 
 def train_run(
@@ -516,6 +524,7 @@ def train_run(
         run = start_run(learn, root, args, before)
         done = learn.checkpoint.load()
         if before: print(f'going on after {done} epochs', flush=True)
+        if learn.dls.device.type=='cpu': keep_memory()
         set_seed(args['seed'])
         _reset_peak_memory(learn.dls.device)
         fit_recipe(learn, args['epochs'], args['lr'], args['pretrained'], done, args['schedule'])

@@ -141,3 +141,16 @@ def test_the_name_of_a_gpu(monkeypatch):
     from resizer_fastai.train import device_name
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d: 'a GPU')
     assert device_name(torch.device('cuda')) == 'a GPU'
+
+def test_bench_of_the_model(shell, tmp_path):
+    "Tables of times, ratios and limits, and the command that made them; compiled models are left out on request"
+    import pandas as pd
+    res = shell('resizer_bench', '--arch', 'resnet18', '--size', 128, '--out', 64, '--bs', 2, '--rounds', 1, '--no-compile', '--csv', 'speed.csv')
+    assert res.returncode == 0, res.stderr
+    for o in ('| reference, fp32 ', 'joint training step over the body alone', '| stem and resize ', '`resizer_bench --arch resnet18 --size 128 --out 64 --bs 2 --rounds 1 --no-compile` on'): assert o in res.stdout
+    df = pd.read_csv(tmp_path/'speed.csv')
+    assert df[['way', 'kind']].values.tolist() == [['reference, fp32', o] for o in ('body', 'joint')] + [['ours', o] for o in ('body', 'joint', 'direct')]
+    assert (df[['train', 'infer', 'infer_1', 'memory_2', 'memory_1']] > 0).all().all()
+
+@pytest.mark.parametrize('args,says', [(['speed'], 'what is model or data'), (['--bs', 0], '1 or more'), (['--arch', 'resnet5'], 'no body'), (['data', '--epochs', 1], '2 or more')])
+def test_bench_usage(shell, args, says): check_one_sentence(shell('resizer_bench', *args), 2, says)
