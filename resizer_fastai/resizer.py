@@ -99,6 +99,10 @@ class ResidualBlock(nn.Module):
     def forward(self, x): return x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
 
 # %% ../nbs/01_resizer.ipynb #81bf5851
+def _measures(norm):
+    "Whether `norm` takes the statistics of its batch, and nobody listens to it"
+    return type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.affine and not norm._forward_hooks
+
 def _track(bn, mean, rstd, n):
     "Running statistics as BatchNorm keeps them, from those of a batch of `n` values"
     bn.num_batches_tracked.add_(1)
@@ -147,7 +151,7 @@ class Resizer(nn.Module):
     def _keep_input(self, steps, x, after=noop):
         "`after(steps(x))`; with `recompute`, only `x` is kept for the backward pass"
         *layers,bn = steps
-        if not (self.recompute and self.training and torch.is_grad_enabled() and type(bn) is nn.BatchNorm2d): return after(steps(x))
+        if not (self.recompute and torch.is_grad_enabled() and _measures(bn)): return after(steps(x))
         def run(x):
             for f in layers: x = f(x)
             y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)
@@ -172,15 +176,14 @@ class FusedResizer(nn.Module):
     ):
         super().__init__()
         r = deepcopy(resizer)
-        fold = lambda conv,bn: fuse_conv_bn_eval(conv, bn)
         self.in_channels,self.size,self.resize,self.out,self.skip,self.skip_mode = r.in_channels,r.size,r.resize,r.out,r.skip,r.skip_mode
         *stem,bn = r.stem
         self.stem = nn.Sequential(*stem)
         scale = bn.weight*(bn.running_var+bn.eps).rsqrt()
         self.register_buffer('scale', scale.detach().view(-1,1,1))
         self.register_buffer('shift', (bn.bias-bn.running_mean*scale).detach().view(-1,1,1))
-        self.blocks = nn.ModuleList([nn.Sequential(fold(b.conv1, b.bn1), b.act, fold(b.conv2, b.bn2)) for b in r.blocks])
-        self.merge = fold(*r.merge)
+        self.blocks = nn.ModuleList([nn.Sequential(fuse_conv_bn_eval(b.conv1, b.bn1), b.act, fuse_conv_bn_eval(b.conv2, b.bn2)) for b in r.blocks])
+        self.merge = fuse_conv_bn_eval(*r.merge)
 
     def forward(self,
         x:Tensor, # Images, shape (B, in_channels, H, W), normalised

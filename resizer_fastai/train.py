@@ -158,7 +158,10 @@ def fit_steps(
     steps = lambda pct: lr*factor**(int(pct*n_epoch+1e-4)//every)
     learn.fit(n_epoch, cbs=ParamScheduler(dict(lr=steps)), start_epoch=start_epoch)
 
-schedules = dict(one_cycle=Learner.fit_one_cycle, flat_cos=Learner.fit_flat_cos, steps=fit_steps)
+def _fit_flat_cos(learn, n_epoch, lr, start_epoch=0):   # fastai's own forgets start_epoch
+    learn.fit(n_epoch, cbs=ParamScheduler(dict(lr=combined_cos(0.75, lr, lr, lr/1e5))), start_epoch=start_epoch)
+
+schedules = dict(one_cycle=Learner.fit_one_cycle, flat_cos=_fit_flat_cos, steps=fit_steps)
 
 # %% ../nbs/04_train.ipynb #93822d06
 def fit_recipe(
@@ -492,12 +495,6 @@ def check_options(
     if o['pretrained'] and o['start']: raise UsageError('training starts from pretrained weights or from another run: leave pretrained or start out')
 
 # %% ../nbs/04_train.ipynb #54e8f224
-def _recipe_options(args):
-    "Those options of `resizer_train` that are for `recipe_learner`"
-    options = {k:v for k,v in args.items() if k not in ('epochs','lr','schedule','workers')}
-    if args.get('start'): options['start'] = args['start'].replace('{seed}', str(args['seed']))
-    return options | dict(num_workers=args['workers'])
-
 def keep_memory():
     "Let the C library keep what is freed for the next layer, where it would give it back to the system and have it cleared again (glibc; for the whole process)"
     M_TRIM_THRESHOLD,M_MMAP_MAX = -1,-4
@@ -505,6 +502,13 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31-1)
+
+# %% ../nbs/04_train.ipynb #7a9051e2
+def _recipe_options(args):
+    "Those options of `resizer_train` that are for `recipe_learner`"
+    options = {k:v for k,v in args.items() if k not in ('epochs','lr','schedule','workers')}
+    if args.get('start'): options['start'] = args['start'].replace('{seed}', str(args['seed']))
+    return options | dict(num_workers=args['workers'])
 
 def _run_or_none(path): return read_run(path) if path.exists() else None
 

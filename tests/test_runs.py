@@ -6,7 +6,7 @@ from fastai.vision.all import Callback, first, risinstance, set_seed
 from conftest import make_images
 from resizer_fastai import compare, train
 from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
-from resizer_fastai.learner import EMACallback, FiniteLoss, ResizerClassifier
+from resizer_fastai.learner import FiniteLoss, ResizerClassifier
 from resizer_fastai.show import Film, resized_views
 from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, recipe_learner, resizer_train
 
@@ -52,27 +52,29 @@ class Stop(Callback):
     def after_loss(self):
         if self.training and len(self.metrics_log.rows) == self.at: raise KeyboardInterrupt
 
-def learner(path, *cbs):
-    learn = recipe_learner('sample', 'resnet18', size=32, out=16, limit=20, bs=10, num_workers=0, path=path, cbs=[MetricsLog(), Checkpoint(), Film(n=1), *cbs])
+def learner(path, *cbs, **kwargs):
+    learn = recipe_learner('sample', 'resnet18', size=32, out=16, limit=20, bs=10, num_workers=0, path=path, cbs=[MetricsLog(), Checkpoint(), Film(n=1), *cbs], **kwargs)
     path.mkdir(exist_ok=True)
     return learn
 
-def fit(learn, pretrained, done=0):
+def fit(learn, pretrained, done=0, schedule='one_cycle'):
     "Three epochs"
     set_seed(3)
-    with learn.no_bar(), learn.no_logging(): fit_recipe(learn, 2 if pretrained else 3, 1e-3, pretrained, done)
+    with learn.no_bar(), learn.no_logging(): fit_recipe(learn, 2 if pretrained else 3, 1e-3, pretrained, done, schedule)
 
-@pytest.mark.parametrize('pretrained,at,ema', [(False, 1, False), (False, 2, False), (True, 1, False), (True, 2, False), (False, 2, True), (True, 1, True)])
-def test_any_epoch_of_either_recipe(tmp_path, pretrained, at, ema):
-    "`fine_tune`, too: after its frozen epoch, and after the first open one; an average of the weights goes on as well"
-    def made(name, *cbs): return learner(tmp_path/name, *cbs, *([EMACallback(0.9)] if ema else []))
+@pytest.mark.parametrize('pretrained,at,ema,opt,schedule', [
+    (False, 1, None, 'adamw', 'one_cycle'), (False, 2, None, 'adamw', 'one_cycle'), (True, 1, None, 'adamw', 'one_cycle'), (True, 2, None, 'adamw', 'one_cycle'),
+    (False, 2, 0.9, 'adamw', 'flat_cos'), (True, 1, 0.9, 'adamw', 'one_cycle'), (False, 2, None, 'sgd', 'steps')])
+def test_any_epoch_of_either_recipe(tmp_path, pretrained, at, ema, opt, schedule):
+    "`fine_tune`, too: after its frozen epoch, and after the first open one; an average of the weights goes on as well, and any schedule"
+    def made(name, *cbs): return learner(tmp_path/name, *cbs, ema=ema, opt=opt)
     whole, broken = made('whole'), made('broken', Stop(at))
-    fit(whole, pretrained)
-    with pytest.raises(KeyboardInterrupt): fit(broken, pretrained)
+    fit(whole, pretrained, schedule=schedule)
+    with pytest.raises(KeyboardInterrupt): fit(broken, pretrained, schedule=schedule)
     again = made('broken')
     done = again.checkpoint.load()
     assert done == at
-    fit(again, pretrained, done)
+    fit(again, pretrained, done, schedule)
     assert metrics(tmp_path/'broken') == metrics(tmp_path/'whole') and len(metrics(tmp_path/'whole')) == 3
     for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True): assert torch.equal(a, b)
 
