@@ -138,15 +138,15 @@ def bench_model(
     if device.type=='cpu': keep_memory()   # which is done for the reference as well
     ways = [o for o in ways if not (o.reference and o.half and pick_precision(device=device)=='fp32')]
     cells = {(w.name,k): Cell(w, k, arch, size, out, bs, device) for w in ways for k in (['joint'] if w.fused else ['body','joint','direct'] if w.name=='ours' else ['body','joint'])}
-    for c in cells.values(): c.model.train()
-    memory = {k: {f'memory_{n}': step_memory(c, n) for n in dict.fromkeys((bs,1))} for k,c in cells.items() if not c.way.fused}
-    timed = dict(train={k: c.train for k,c in cells.items() if not c.way.fused}, infer={k: c.infer for k,c in cells.items()}, infer_1={k: partial(c.infer, 1) for k,c in cells.items()})
-    rows = {k: dict(way=k[0], kind=k[1]) | memory.get(k, {}) for k in cells}
-    for what,fs in timed.items():
-        with torch._dynamo.config.patch(recompile_limit=64): times = take_turns(fs, device, rounds)   # the networks share code
-        for k,(first,*ts) in times.items():
-            q = 1000*np.percentile(ts, (25,50,75))
-            rows[k] |= {what: q[1], f'{what}_spread': (q[2]-q[0])/2, f'{what}_first': first}
+    trained = {k: c for k,c in cells.items() if not c.way.fused}
+    timed = dict(train={k: c.train for k,c in trained.items()}, infer={k: c.infer for k,c in cells.items()}, infer_1={k: partial(c.infer, 1) for k,c in cells.items()})
+    rows = {k: dict(way=k[0], kind=k[1]) for k in cells}
+    with torch._dynamo.config.patch(recompile_limit=64):   # the networks share code
+        for what,fs in timed.items():
+            for k,(first,*ts) in take_turns(fs, device, rounds).items():
+                q = 1000*np.percentile(ts, (25,50,75))
+                rows[k] |= {what: q[1], f'{what}_spread': (q[2]-q[0])/2, f'{what}_first': first}
+        for k,c in trained.items(): rows[k] |= {f'memory_{n}': step_memory(c, n) for n in dict.fromkeys((bs,1))}
     return pd.DataFrame(rows.values())
 
 # %% ../nbs/07_bench.ipynb #5d392338
@@ -212,7 +212,7 @@ def roofline(
         inner,y = _moved(m, x)
         values = inner if name=='body' else x.numel()+y.numel()+sum(p.numel() for p in m.parameters())
         limit = 1000*bs*max(macs/rate, values*dtype.itemsize/bandwidth)
-        rows.append(dict(stage=name, multiply_adds=macs, bytes=values*dtype.itemsize, bound='arithmetic' if macs/rate>values*dtype.itemsize/bandwidth else 'memory', infer=limit, train=3*limit))
+        rows.append(dict(stage=name, multiply_adds=macs, bytes=values*dtype.itemsize, bound='arithmetic' if macs/rate>values*dtype.itemsize/bandwidth else 'memory', infer=limit, train=(3 if rows else 2)*limit))
         x = y
     return pd.DataFrame(rows)
 

@@ -24,7 +24,7 @@ from functools import cache
 from importlib.resources import files
 from matplotlib.ticker import MaxNLocator
 from torch.utils.flop_counter import FlopCounterMode
-import ctypes, fastai, hashlib, platform, shlex, shutil, torchvision
+import ctypes, fastai, gc, hashlib, platform, shlex, shutil, torchvision
 
 # %% ../nbs/04_train.ipynb #deb81238
 plain_head = dict(lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=None)
@@ -200,6 +200,8 @@ def device_name(
 def _reset_peak_memory(device):
     if device.type=='cuda': torch.cuda.reset_peak_memory_stats(device)
     else:
+        gc.collect()
+        with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)   # glibc gives back what `keep_memory` kept
         with suppress(OSError): Path('/proc/self/clear_refs').write_text('5')   # Linux, where it is allowed: the peak starts anew
 
 def _peak_memory(device):

@@ -8,7 +8,7 @@ from resizer_fastai import compare, train
 from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
 from resizer_fastai.learner import FiniteLoss, ResizerClassifier
 from resizer_fastai.show import Film, resized_views
-from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, recipe_learner, resizer_train
+from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, read_run, recipe_learner, resizer_train
 
 small = dict(data='sample', limit=20, arch='resnet18', size=32, out=16, bs=10, workers=0)
 exact = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'lr']
@@ -257,3 +257,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before)
 """
     faults = {o: int(subprocess.run([sys.executable, '-W', 'ignore', '-c', code, o], capture_output=True, text=True).stdout) for o in ('kept', 'as it is')}
     assert faults['kept'] < faults['as it is']/10
+
+def test_the_peak_of_memory_is_that_of_the_run(tmp_path, no_pictures):
+    "Not of a larger one before it in the same process, although freed memory is kept"
+    def peak(**kwargs): return read_run(resizer_train(**small | kwargs, epochs=1, runs=tmp_path).path)['metrics']['peak_memory']
+    large = peak(resizer='none', size=224, bs=20)
+    if large is None: pytest.skip('this system does not tell')
+    assert peak(resizer='bilinear') < large-200e6
