@@ -163,12 +163,13 @@ def speed_ratios(
     body = lambda way: 'ours, compiled' if way=='ours, fused' else way
     added = lambda way: value('joint', way, memory)-value('body', way, memory)
     same = 'reference, autocast' if ('joint','reference, autocast') in at.index else 'reference, fp32'
-    return {'joint training step, times as fast as the reference in fp32': value('joint','reference, fp32','train')/train.train,
+    res = {'joint training step, times as fast as the reference in fp32': value('joint','reference, fp32','train')/train.train,
             'joint training step, times as fast as the reference under autocast': value('joint','reference, autocast','train')/train.train,
             'joint inference, times as fast as the reference in fp32': value('joint','reference, fp32','infer')/infer.infer,
             'joint training step over the body alone': train.train/value('body', train.way, 'train'),
             'joint inference over the body alone': infer.infer/value('body', body(infer.way), 'infer'),
             'memory that the resizer adds to a training step, over what the reference adds': added(train.way)/added(same)}
+    return {k: round(float(v), 3) for k,v in res.items()}
 
 # %% ../nbs/07_bench.ipynb #5f66ec0e
 def machine_limits(

@@ -47,7 +47,9 @@ class _Halve(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return F.interpolate(g/4, scale_factor=2., mode='nearest')
 
-def _halve(x): return _Halve.apply(x) if x.requires_grad else F.avg_pool2d(x, 2)
+def _saves_memory(): return torch.is_grad_enabled() and not torch.jit.is_tracing()   # a trace, as TensorBoard draws it, wants plain layers
+
+def _halve(x): return _Halve.apply(x) if x.requires_grad and _saves_memory() else F.avg_pool2d(x, 2)
 
 # %% ../nbs/01_resizer.ipynb #9afca9f3
 class FixedResizer(nn.Module):
@@ -151,7 +153,7 @@ class Resizer(nn.Module):
     def _keep_input(self, steps, x, after=noop):
         "`after(steps(x))`; with `recompute`, only `x` is kept for the backward pass"
         *layers,bn = steps
-        if not (self.recompute and torch.is_grad_enabled() and _measures(bn)): return after(steps(x))
+        if not (self.recompute and _saves_memory() and _measures(bn)): return after(steps(x))
         def run(x):
             for f in layers: x = f(x)
             y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)

@@ -250,10 +250,11 @@ import resource, sys, torch
 from resizer_fastai.train import keep_memory
 if sys.argv[1] == 'kept': keep_memory()
 def layer(): torch.empty(2**24).fill_(1)
-for _ in range(2): layer()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4): layer()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    layer()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt-before
+print(sorted(faults() for _ in range(9))[4])   # now and then one has to grow the heap
 """
     faults = {o: int(subprocess.run([sys.executable, '-W', 'ignore', '-c', code, o], capture_output=True, text=True).stdout) for o in ('kept', 'as it is')}
     assert faults['kept'] < faults['as it is']/10
