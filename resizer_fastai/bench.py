@@ -45,6 +45,7 @@ Way = namedtuple('Way', 'name reference half compiled fused', defaults=(False,)*
 speed_ways = [Way('reference, fp32', reference=True), Way('reference, autocast', reference=True, half=True), Way('ours', half=True), Way('ours, compiled', half=True, compiled=True),
               Way('ours, fused', half=True, compiled=True, fused=True)]
 
+# %% ../nbs/07_bench.ipynb #974fb8e7
 class Cell:
     "A network, a batch and an optimizer: one thing that is timed"
     def __init__(self,
@@ -64,7 +65,7 @@ class Cell:
         self.model = nn.Sequential(resizer, get_body(arch)()).to(device, memory_format=layout)
         self.dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[pick_precision(device=device)] if way.half else None
         self.opt = torch.optim.AdamW(self.model.parameters(), fused=not way.reference)
-        if way.fused: self.model[0] = fuse(self.model[0]) if kind=='joint' else self.model[0]
+        if way.fused: self.model[0] = fuse(self.model[0])
         if way.compiled: self.model.compile(dynamic=False)
 
     def logits(self, x):
@@ -194,6 +195,7 @@ def _moved(module, x):
     for h in handles: h.remove()
     return sum(n), y
 
+# %% ../nbs/07_bench.ipynb #c0d0d9d5
 @torch.no_grad()
 def roofline(
     arch:str='resnet50', # As for `get_body`

@@ -119,6 +119,7 @@ def _skip(resizer, x, size):
     if (h,w)!=tuple(x.shape[-2:]): raise ValueError(f'with skip_mode unshuffle this resizer takes images of {h}x{w}: got {x.shape[-2]}x{x.shape[-1]}')
     return resizer.skip(x)
 
+# %% ../nbs/01_resizer.ipynb #815cabec
 class Resizer(nn.Module):
     "The learnable resizer of Talebi and Milanfar, *Learning to Resize Images for Computer Vision Tasks*, ICCV 2021, section 3.1"
     def __init__(self,
@@ -132,7 +133,7 @@ class Resizer(nn.Module):
         antialias:bool=False, # Antialias both resizes; for bilinear and bicubic
         zero_init:bool=False, # Start the last convolution at zero, so that training starts from the plain resize
         norm:str='batch', # 'batch' as in the paper; 'group' (of 4 groups) and 'none' keep no running statistics
-        recompute:bool=True, # In the backward pass, compute what the stem puts out at full size again instead of keeping it; the same result in less memory
+        recompute:bool=True, # In the backward pass, compute again what lies inside the stem and the merging convolution instead of keeping it; the same result in less memory
         skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
     ):
         super().__init__()
@@ -174,10 +175,10 @@ class Resizer(nn.Module):
 class FusedResizer(nn.Module):
     "A `Resizer` for inference, without norms; made by `fuse`"
     def __init__(self,
-        resizer:Resizer, # In evaluation mode, with `norm='batch'`
+        resizer:Resizer, # With `norm='batch'`; of it a copy is taken
     ):
         super().__init__()
-        r = deepcopy(resizer)
+        r = deepcopy(resizer).eval()
         self.in_channels,self.size,self.resize,self.out,self.skip,self.skip_mode = r.in_channels,r.size,r.resize,r.out,r.skip,r.skip_mode
         *stem,bn = r.stem
         self.stem = nn.Sequential(*stem)
@@ -198,10 +199,10 @@ class FusedResizer(nn.Module):
 
 def fuse(
     resizer:nn.Module, # A `Resizer` with `norm='batch'`; others come back as they are
-) -> nn.Module: # In evaluation mode; a copy, if it is another
+) -> nn.Module: # For evaluation
     "The same function with fewer steps, for inference"
-    if not isinstance(resizer, Resizer) or resizer.norm!='batch': return resizer.eval()
-    return FusedResizer(resizer.eval()).requires_grad_(False)
+    if not isinstance(resizer, Resizer) or resizer.norm!='batch': return resizer
+    return FusedResizer(resizer).eval().requires_grad_(False)
 
 # %% ../nbs/01_resizer.ipynb #aceafba3
 class MullerResizer(nn.Module):

@@ -43,7 +43,9 @@ def _start_model(start, arch):
 def _take_over(learn, there):
     "Body and head of another model"
     if there.vocab!=learn.model.vocab: raise UsageError(f'the run to start from has other classes: {", ".join(map(str, there.vocab))}')
-    for o in ('body','head'): getattr(learn.model, o).load_state_dict(getattr(there, o).state_dict())
+    for o in ('body','head'):
+        try: getattr(learn.model, o).load_state_dict(getattr(there, o).state_dict())
+        except RuntimeError: raise UsageError(f'the {o} of the run to start from is another one, of other channels or size') from None
 
 # %% ../nbs/04_train.ipynb #6841a71c
 def recipe_learner(
@@ -488,6 +490,7 @@ def check_options(
         kind,more = parse_resizer(o['resizer'])
         make_resizer(kind, o['out'], **more)
     except ValueError as e: raise UsageError(e) from None
+    if more.get('out_channels', 3)!=3 and more.get('skip_mode')!='unshuffle': raise UsageError('a run shows what its resizer puts out: out_channels other than 3 goes with skip_mode=unshuffle')
     if o['workers'] is not None and o['workers']<0: raise UsageError(f'workers is a number of processes, 0 or more: got {o["workers"]}')
     if o['epochs']<1: raise UsageError(f'epochs is 1 or more: got {o["epochs"]}')
     for k,known in dict(opt=optimizers, schedule=schedules).items():
