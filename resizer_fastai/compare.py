@@ -329,11 +329,11 @@ def plot_runs(
     fig,(left,right) = plt.subplots(1, 2, figsize=figsize, sharey=True, layout='constrained')
     for i,((arm,paths),marker) in enumerate(zip(cells.items(), itertools.cycle('os^Dvx*'))):
         curves = [pd.read_csv(p/'metrics.csv') for p in paths]
-        for m in curves: left.plot(m.epoch, 100*m.accuracy, color=f'C{i}', lw=1)
+        for m in curves: left.plot(m.epoch, 100*m.accuracy, color=f'C{i}', lw=1, marker='.')
         right.scatter([m.seconds.sum() for m in curves], [100*m.accuracy.iloc[-1] for m in curves], color=f'C{i}', marker=marker, label=arm)
     left.set(xlabel='epoch', ylabel='validation accuracy, %')
     right.set(xlabel='training, s', xlim=(0, 1.08*right.get_xlim()[1]))
-    right.legend()
+    fig.legend(loc='outside right center')
     return fig
 
 # %% ../nbs/05_compare.ipynb #9030bc90

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['body_names', 'get_body', 'body_stats', 'make_body', 'evaluating', 'ResizerClassifier', 'joint_split', 'FusedAdamW',
-           'Autocast', 'has_bf16', 'pick_precision', 'precision_cbs', 'NonFiniteLoss', 'FiniteLoss', 'Frozen',
-           'ResizerLR', 'EMACallback', 'RecalibrateBN', 'resizer_learner']
+           'Autocast', 'has_bf16', 'pick_precision', 'precision_cbs', 'compile_model', 'NonFiniteLoss', 'FiniteLoss',
+           'Frozen', 'ResizerLR', 'EMACallback', 'RecalibrateBN', 'resizer_learner']
 
 # %% ../nbs/02_learner.ipynb #e1a3cbfd
 from fastai.vision.all import *
@@ -350,6 +350,16 @@ def precision_cbs(
     "What makes a `Learner` train in `precision`"
     return dict(fp32=[], bf16=[Autocast(torch.bfloat16)], fp16=[Autocast(torch.float16)])[pick_precision(precision, device)]
 
+# %% ../nbs/02_learner.ipynb #2be199d7
+def compile_model(
+    model:nn.Module, # What is saved, exported or copied of it is the plain model
+    device:torch.device, # Where it is going to run
+):
+    "Compile `model` in place where this machine can; where it cannot, warn and leave it as it is"
+    try: torch.compile(torch.neg, options=dict(force_disable_caches=True))(torch.zeros(1, device=device))
+    except Exception as e: return warn(f'the model is not compiled, and runs as it is: PyTorch cannot compile for {device} here ({type(e).__name__}: {str(e).strip().splitlines()[0]})')
+    model.compile()
+
 # %% ../nbs/02_learner.ipynb #107b375a
 class NonFiniteLoss(FloatingPointError):
     "The loss of a batch was not finite; `files` holds what was in it"
@@ -546,6 +556,7 @@ def resizer_learner(
     cut=None, # Where the body ends
     init:Callable=nn.init.kaiming_normal_, # Initialisation of the head
     custom_head:nn.Module=None, # In place of fastai's head
+    compile:bool=False, # Compile the model, with `compile_model`
     **kwargs
 ) -> Learner: # Its `model` is a `ResizerClassifier`
     "A `Learner` that trains a resizer and a classifier together"
@@ -568,6 +579,7 @@ def resizer_learner(
                     splitter=ifnone(splitter, partial(joint_split, split=model_meta.get(model.arch, {}).get('split', default_split))), model_dir=model_dir, wd=wd,
                     wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)
     if pretrained: learn.freeze()
+    if compile: compile_model(model, ifnone(getattr(dls, 'device', None), 'cpu'))
     store_attr('arch,normalize,n_out,pretrained', self=learn)
     return learn
 

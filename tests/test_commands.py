@@ -145,12 +145,35 @@ def test_the_name_of_a_gpu(monkeypatch):
 def test_bench_of_the_model(shell, tmp_path):
     "Tables of times, ratios and limits, and the command that made them; compiled models are left out on request"
     import pandas as pd
-    res = shell('resizer_bench', '--arch', 'resnet18', '--size', 128, '--out', 64, '--bs', 2, '--rounds', 1, '--no-compile', '--csv', 'speed.csv')
+    from resizer_fastai.learner import pick_precision
+    res = shell('resizer_bench', '--arch', 'resnet18', '--size', 128, '--out', 64, '--bs', 2, '--rounds', 1, '--no-compile', '--csv', 'speed.csv', '--json', 'speed.json')
     assert res.returncode == 0, res.stderr
     for o in ('| reference, fp32 ', 'joint training step over the body alone', '| stem and resize ', '`resizer_bench --arch resnet18 --size 128 --out 64 --bs 2 --rounds 1 --no-compile` on'): assert o in res.stdout
     df = pd.read_csv(tmp_path/'speed.csv')
     assert df[['way', 'kind']].values.tolist() == [['reference, fp32', o] for o in ('body', 'joint')] + [['ours', o] for o in ('body', 'joint', 'direct')]
     assert (df[['train', 'infer', 'infer_1', 'memory_2', 'memory_1']] > 0).all().all()
+    told = json.loads((tmp_path/'speed.json').read_text())
+    assert pd.DataFrame(told['rows']).round(9).equals(df.round(9)) and told['stages'][-1]['stage'] == 'body'
+    assert told['ratios']['joint training step over the body alone'] == round(df.train[3]/df.train[2], 3)
+    assert (told['ratios']['joint training step, times as fast as the reference under autocast'] is None) == (pick_precision() == 'fp32')
 
-@pytest.mark.parametrize('args,says', [(['speed'], 'what is model or data'), (['--bs', 0], '1 or more'), (['--arch', 'resnet5'], 'no body'), (['data', '--epochs', 1], '2 or more')])
+def test_bench_of_the_parts_and_of_growth(shell, tmp_path):
+    "Every part is left out once; time is fitted against pixels and batch"
+    import pandas as pd
+    res = shell('resizer_bench', 'parts', '--arch', 'resnet18', '--size', 64, '--out', 32, '--bs', 2, '--rounds', 1, '--csv', 'parts.csv')
+    assert res.returncode == 0, res.stderr
+    assert '| channels_last | `--no-channels_last` |' in res.stdout and '`resizer_bench parts --arch resnet18 --size 64 --out 32 --bs 2 --rounds 1` on' in res.stdout
+    df = pd.read_csv(tmp_path/'parts.csv', keep_default_na=False).set_index('without')
+    assert df.memory_2['recomputation'] > 1.2*df.memory_2[''] == 1.2*df.memory_2['again']
+    res = shell('resizer_bench', 'scaling', '--arch', 'resnet18', '--size', 128, '--bs', 1, '--rounds', 1, '--json', 'scaling.json')
+    assert res.returncode == 0 and '| exponent |' in res.stdout, res.stderr
+    rows = pd.DataFrame(json.loads((tmp_path/'scaling.json').read_text())['rows'])
+    assert set(rows.network) == {'body', 'with the resizer', 'with the reference'} and rows['size'].max() == 1024 and rows.bs.max() == 16
+
+def test_bench_of_epochs(shell):
+    "Epochs over the data beside epochs of one batch"
+    res = shell('resizer_bench', 'epochs', '--data', 'sample', '--arch', 'resnet18', '--size', 64, '--out', 32, '--bs', 8, '--limit', 40, '--workers', 0, '--epochs', 1, '--cache', 'ram')
+    assert res.returncode == 0 and '| median |' in res.stdout, res.stderr
+
+@pytest.mark.parametrize('args,says', [(['speed'], 'what is model or parts or'), (['--bs', 0], '1 or more'), (['epochs', '--cache', 'tape'], 'cache is'), (['parts', '--rounds', 0], '1 or more'), (['scaling', '--size', '448x336'], 'one number'), (['--arch', 'resnet5'], 'no body'), (['data', '--epochs', 1], '2 or more')])
 def test_bench_usage(shell, args, says): check_one_sentence(shell('resizer_bench', *args), 2, says)

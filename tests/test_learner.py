@@ -847,3 +847,13 @@ def test_loaders_of_pytorch(make):
     dl = torch.utils.data.DataLoader(data, batch_size=10)
     learn = make(DataLoaders(dl, dl), n_out=3, cut=5, loss_func=CrossEntropyLossFlat())
     assert moved_by(learn, 1e-2) >= filters(learn)
+
+@pytest.mark.parametrize('cached', [False, True], ids=['first', 'again'])
+def test_no_compiler_is_one_sentence(cached, shell, tmp_path):
+    "Training goes on as it is, also where something was compiled before"
+    there = dict(TORCHINDUCTOR_CACHE_DIR=tmp_path/'cache')
+    run = lambda name, **env: shell('resizer_train', '--data', 'sample', '--limit', 20, '--arch', 'resnet18', '--size', 32, '--out', 16, '--bs', 10, '--epochs', 1, '--workers', 0,
+                                    '--compile', '--name', name, **env, PYTHONWARNINGS='default::UserWarning:resizer_fastai')
+    if cached: assert 'not compiled' not in run('a', **there).stderr
+    res = run('b', **there, CXX='/no/compiler')
+    assert res.returncode == 0 and res.stderr.count('UserWarning: the model is not compiled') == 1 and 'Traceback' not in res.stderr, res.stderr
