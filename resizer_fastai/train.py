@@ -514,7 +514,7 @@ def keep_memory(
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0 if keep else 65536)
         mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**31-1 if keep else 2**26)
+        mallopt(M_TRIM_THRESHOLD, -1 if keep else 2**26)   # -1: never
 
 # %% ../nbs/04_train.ipynb #7a9051e2
 def _recipe_options(args):
