@@ -185,12 +185,14 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         self._hub_mixin_config = config | (dict(arch=_name(arch)) if named else {})
         if isinstance(resizer, nn.Module): self.set_resizer(resizer)
 
+    def __call__(self, x): return super().__call__(x.as_subclass(Tensor))   # fastai's tensors stay outside of what may be compiled
+
     def forward(self,
         x:Tensor, # Normalised images, shape (B, n_in, H, W)
     ) -> Tensor: # Logits, shape (B, n_out)
         dtype,self.autocast = self.autocast,None   # asked for batch by batch, so that nothing stays on
         with torch.autocast(x.device.type, dtype) if dtype else nullcontext():
-            return self.head(self.body(self.resizer(x.as_subclass(Tensor))))
+            return self.head(self.body(self.resizer(x)))
 
 # %% ../nbs/02_learner.ipynb #389260c2
 @patch

@@ -109,6 +109,7 @@ def _track(bn, mean, rstd, n):
     "Running statistics as BatchNorm keeps them, from those of a batch of `n` values"
     bn.num_batches_tracked.add_(1)
     share = 1/bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
+    mean,rstd = mean.to(bn.running_mean),rstd.to(bn.running_var)   # which a compiled one rounds
     bn.running_mean.lerp_(mean, share)
     bn.running_var.lerp_((rstd**-2-bn.eps)*n/(n-1), share)
 

@@ -157,18 +157,14 @@ def test_bench_of_the_model(shell, tmp_path):
     assert told['ratios']['joint training step over the body alone'] == round(df.train[3]/df.train[2], 3)
     assert (told['ratios']['joint training step, times as fast as the reference under autocast'] is None) == (pick_precision() == 'fp32')
 
-def test_bench_of_the_parts_and_of_growth(shell, tmp_path):
-    "Every part is left out once; time is fitted against pixels and batch"
+def test_bench_of_the_parts(shell, tmp_path):
+    "Every part is left out once"
     import pandas as pd
     res = shell('resizer_bench', 'parts', '--arch', 'resnet18', '--size', 64, '--out', 32, '--bs', 2, '--rounds', 1, '--csv', 'parts.csv')
     assert res.returncode == 0, res.stderr
-    assert '| channels_last | `--no-channels_last` |' in res.stdout and '`resizer_bench parts --arch resnet18 --size 64 --out 32 --bs 2 --rounds 1` on' in res.stdout
+    assert '| `--no-channels_last` ' in res.stdout and '`resizer_bench parts --arch resnet18 --size 64 --out 32 --bs 2 --rounds 1` on' in res.stdout
     df = pd.read_csv(tmp_path/'parts.csv', keep_default_na=False).set_index('without')
     assert df.memory_2['recomputation'] > 1.2*df.memory_2[''] == 1.2*df.memory_2['again']
-    res = shell('resizer_bench', 'scaling', '--arch', 'resnet18', '--size', 128, '--bs', 1, '--rounds', 1, '--json', 'scaling.json')
-    assert res.returncode == 0 and '| exponent |' in res.stdout, res.stderr
-    rows = pd.DataFrame(json.loads((tmp_path/'scaling.json').read_text())['rows'])
-    assert set(rows.network) == {'body', 'with the resizer', 'with the reference'} and rows['size'].max() == 1024 and rows.bs.max() == 16
 
 def test_bench_of_epochs(shell):
     "Epochs over the data beside epochs of one batch"
