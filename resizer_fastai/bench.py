@@ -15,7 +15,7 @@ from fastcore.script import Param
 from PIL import Image
 from .data import NormalizeInPlace, ReadableSplitter, UsageError, _hw, cache_images, caches, cli_command, get_path, image_files, parse_size, resizer_block
 from .resizer import Resizer, fuse
-from .learner import get_body, pick_precision
+from .learner import compile_error, get_body, pick_precision
 from .train import device_name, keep_memory, multiply_adds, recipe_learner, versions
 from .compare import markdown_rows
 from scipy.stats import linregress
@@ -23,6 +23,7 @@ from torchvision import transforms
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from json import dumps, loads
+from matplotlib.ticker import LogLocator
 from unittest import mock
 import gc, inspect, multiprocessing, tempfile, torchvision
 
@@ -48,7 +49,7 @@ class ReferenceResizer(nn.Module):
 # %% ../nbs/07_bench.ipynb #80d05ee7
 Way = namedtuple('Way', 'name reference half compiled fused without', defaults=(False,)*4+('',))
 speed_ways = [Way('reference, fp32', reference=True), Way('reference, autocast', reference=True, half=True), Way('ours', half=True), Way('ours, compiled', half=True, compiled=True),
-              Way('ours, fused', half=True, compiled=True, fused=True)]
+              Way('ours, fused', half=True, fused=True), Way('ours, fused, compiled', half=True, compiled=True, fused=True)]
 
 # %% ../nbs/07_bench.ipynb #974fb8e7
 speed_parts = {'half precision':'--precision fp32', 'channels_last':'--no-channels_last', 'recomputation':'--resizer learned+recompute=0', 'fused optimizer':'--opt adam',
@@ -80,12 +81,12 @@ class Cell:
         self.y = torch.randint(10, (bs,), device=device)
         self.model = nn.Sequential(resizer, get_body(arch)()).to(device, memory_format=layout)
         self.dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[pick_precision(device=device)] if way.half and way.without!='half precision' else None
-        self.opt = torch.optim.AdamW(self.model.parameters(), fused=not way.reference and way.without!='fused optimizer')
+        self.opt = Adam(self.model.parameters(), 1e-3) if way.without=='fused optimizer' else torch.optim.AdamW(self.model.parameters(), fused=not way.reference)
         if way.without=='activations in place':
             for m in self.model.modules():
                 if isinstance(m, nn.LeakyReLU): m.inplace = False
         if way.fused: self.model[0] = fuse(self.model[0])
-        if way.compiled: self.model.compile(dynamic=False)
+        if way.compiled: self.model.compile()
 
     def logits(self, x):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None): return self.model(x)
@@ -203,7 +204,7 @@ def speed_ratios(
     value = lambda kind,way,column: at[column].get((kind,way), math.nan)
     memory = next(c for c in df if c.startswith('memory'))
     train,infer = _best(df, 'joint', 'train'),_best(df, 'joint', 'infer')
-    body = lambda way: 'ours, compiled' if way=='ours, fused' else way
+    body = lambda way: way.replace(', fused', '')
     added = lambda way: value('joint', way, memory)-value('body', way, memory)
     same = 'reference, autocast' if ('joint','reference, autocast') in at.index else 'reference, fp32'
     res = {'joint training step, times as fast as the reference in fp32': value('joint','reference, fp32','train')/train.train,
@@ -234,7 +235,9 @@ def bench_model(
     "Time training and inference with and without a resizer"
     device = default_device()
     if device.type=='cpu': keep_memory()   # which is done for the reference as well
-    ways = [o for o in ways if (compile or not o.compiled) and not (o.reference and o.half and pick_precision(device=device)=='fp32')]
+    error = compile and any(o.compiled for o in ways) and compile_error(device)
+    if error: warn(f'compiled networks are left out: {error}')
+    ways = [o for o in ways if (compile and not error or not o.compiled) and not (o.reference and o.half and pick_precision(device=device)=='fp32')]
     cells = {(w.name,k): Cell(w, k, arch, size, out, bs, device) for w in ways for k in (['joint'] if w.fused else ['body','joint','direct'] if w.name=='ours' else ['body','joint'])}
     trained = {k: c for k,c in cells.items() if not c.way.fused}
     timed = dict(train={k: c.train for k,c in trained.items()}, infer={k: c.infer for k,c in cells.items()}, infer_1={k: partial(c.infer, 1) for k,c in cells.items()})
@@ -261,12 +264,12 @@ def model_table(
         share = limit[what][r.kind]/r[what]
         return f'{r[what]:.0f} ± {r[f"{what}_spread"]:.0f}' + ('' if math.isnan(share) else f' ({share:.0%})')
     def cost(r, what):
-        base = at[what].get(('ours, compiled' if r.way=='ours, fused' else r.way, 'body'), math.nan)
+        base = at[what].get((r.way.replace(', fused', ''), 'body'), math.nan)
         return '' if r.kind=='body' or math.isnan(r[what]/base) else f'{r[what]/base:.2f}'
     rows = [['way','network','training step, ms (share of the limit)','over the body','inference, ms (share of the limit)','over the body','inference of one image, ms', *[f'memory, MB, batch {c.split("_")[1]}' for c in memory],'first step, s']]
     rows += [[r.way, r.kind, ms(r, 'train'), cost(r, 'train'), ms(r, 'infer'), cost(r, 'infer'), f'{r.infer_1:.1f}', *['' if math.isnan(r[c]) else f'{r[c]/1e6:.0f}' for c in memory],
               f'{(r.infer_first if math.isnan(r.train) else r.train_first):.1f}'] for _,r in df.iterrows()]
-    limits = [['stage','multiply-adds, G','bytes, M','bound by','training, ms','inference, ms']]
+    limits = [['stage','multiply-adds an image, G','bytes an image, M','bound by','training, ms a batch','inference, ms a batch']]
     limits += [[r.stage, f'{r.multiply_adds/1e9:.3f}', f'{r.bytes/1e6:.1f}', r.bound, f'{r.train:.1f}', f'{r.infer:.1f}'] for r in stages.itertuples()]
     ratios = [['ratio','']] + [[k, 'not on this machine' if v is None else f'{v:.2f}'] for k,v in df.attrs['ratios'].items()]
     return '\n\n'.join([markdown_rows(rows), markdown_rows(ratios), markdown_rows(limits)])
@@ -332,10 +335,10 @@ def exponent(
 
 # %% ../nbs/07_bench.ipynb #d71bc045
 def _series(df):
-    "Of `bench_scaling`: by pixels, in millions, and by batch, the rows of each network"
+    "Of `bench_scaling`: by pixels, and by batch, what varies, its rows, and what is held"
     bs,size = (df[o].mode()[0] for o in ('bs','size'))
-    yield 'input, megapixels', df[df.bs==bs].assign(x=lambda d: d['size']**2/1e6), f'batch {bs}'
-    yield 'images in a batch', df[df['size']==size].assign(x=lambda d: d.bs), f'{size} pixels'
+    yield 'input, pixels', df[df.bs==bs].assign(x=lambda d: d['size']**2, tick=lambda d: d['size'].map('{0}²'.format)).sort_values('x', kind='stable'), f'batch {bs}'
+    yield 'images in a batch', df[df['size']==size].assign(x=lambda d: d.bs, tick=lambda d: d.bs.map(str)).sort_values('x', kind='stable'), f'{size} pixels'
 
 def plot_scaling(
     df:pd.DataFrame, # From `bench_scaling`
@@ -347,6 +350,10 @@ def plot_scaling(
         for (name,d),marker in zip(rows.groupby('network', sort=False), 'os^'):
             p,err = exponent(d.x, d.train)
             ax.loglog(d.x, d.train, marker=marker, label=f'{name}: {p:.2f} ± {err:.2f}')
+        ax.set_xticks(d.x, d.tick)
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,2,5)))
+        ax.yaxis.set_major_formatter('{x:g}')
         ax.set(xlabel=f'{label} ({fixed})', ylabel='training step, ms')
         ax.legend(title='exponent')
     return fig
@@ -358,9 +365,9 @@ def scaling_table(
     res = []
     for label,rows,fixed in _series(df):
         at = rows.pivot(index='x', columns='network', values='train').reindex(columns=rows.network.unique())
-        names = rows.drop_duplicates('x').sort_values('x')
+        names = rows.drop_duplicates('x')
         cells = [[f'{s} -> {s//2}, batch {b}', *[f'{v/b:.1f}' for v in at.loc[x]], f'{at.loc[x].iloc[1]/at.loc[x].iloc[0]:.2f}'] for s,b,x in zip(names['size'], names.bs, names.x)]
-        fits = ['exponent', *['{:.2f} ± {:.2f}'.format(*exponent(at.index, at[k])) for k in at], '']
+        fits = ['exponent of a step', *['{:.2f} ± {:.2f}'.format(*exponent(at.index, at[k])) for k in at], '']
         res.append(markdown_rows([[f'ms an image, training ({fixed})', *at, 'over the body'], *cells, fits]))
     return '\n\n'.join(res)
 
@@ -403,7 +410,7 @@ def bench_epochs(
             for o in loaders:
                 learn.dls.loaders[0] = o
                 learn.fit(1)
-    rates = len(loaders[0])*bs/np.array(timer.seconds).reshape(-1,2)[1:]
+    rates = len(loaders[0])*loaders[0].bs/np.array(timer.seconds).reshape(-1,2)[1:]
     return pd.DataFrame(dict(epoch=range(1, epochs+1), data=rates[:,0], same_batch=rates[:,1], ratio=rates[:,0]/rates[:,1]))
 
 def epochs_table(
@@ -525,7 +532,8 @@ benches = dict(model=(bench_model, model_table), parts=(bench_parts, parts_table
 
 def _machine():
     v = versions()
-    return f'{device_name(default_device())}, {num_cpus()} cores, {pick_precision()}, torch {v["torch"]}, torchvision {v["torchvision"]}, fastai {v["fastai"]}, resizer_fastai {v["resizer_fastai"]}'
+    tf32 = f'TF32 in convolutions {torch.backends.cudnn.allow_tf32}, in matrix products {torch.backends.cuda.matmul.allow_tf32}, ' if default_device().type=='cuda' else ''
+    return f'{device_name(default_device())}, {num_cpus()} cores, {pick_precision()}, {tf32}torch {v["torch"]}, torchvision {v["torchvision"]}, fastai {v["fastai"]}, resizer_fastai {v["resizer_fastai"]}'
 
 def _said(what, options):
     given = {k: 'x'.join(map(str, v)) if is_listy(v) else v for k,v in options.items() if v is not None and v is not True}

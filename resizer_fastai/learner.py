@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['body_names', 'get_body', 'body_stats', 'make_body', 'evaluating', 'ResizerClassifier', 'joint_split', 'FusedAdamW',
-           'Autocast', 'has_bf16', 'pick_precision', 'precision_cbs', 'compile_model', 'NonFiniteLoss', 'FiniteLoss',
-           'Frozen', 'ResizerLR', 'EMACallback', 'RecalibrateBN', 'resizer_learner']
+           'Autocast', 'has_bf16', 'pick_precision', 'precision_cbs', 'compile_error', 'compile_model', 'NonFiniteLoss',
+           'FiniteLoss', 'Frozen', 'ResizerLR', 'EMACallback', 'RecalibrateBN', 'resizer_learner']
 
 # %% ../nbs/02_learner.ipynb #e1a3cbfd
 from fastai.vision.all import *
@@ -353,14 +353,21 @@ def precision_cbs(
     return dict(fp32=[], bf16=[Autocast(torch.bfloat16)], fp16=[Autocast(torch.float16)])[pick_precision(precision, device)]
 
 # %% ../nbs/02_learner.ipynb #2be199d7
+def compile_error(
+    device:torch.device, # Where a model is going to run
+) -> str: # None where there is nothing in the way
+    "Why PyTorch cannot compile for `device` on this machine"
+    try: torch.compile(torch.neg, options=dict(force_disable_caches=True))(torch.zeros(1, device=device))
+    except Exception as e: return f'PyTorch cannot compile for {device} here ({type(e).__name__}: {str(e).strip().partition(chr(10))[0]})'
+
 def compile_model(
     model:nn.Module, # What is saved, exported or copied of it is the plain model
     device:torch.device, # Where it is going to run
 ):
     "Compile `model` in place where this machine can; where it cannot, warn and leave it as it is"
-    try: torch.compile(torch.neg, options=dict(force_disable_caches=True))(torch.zeros(1, device=device))
-    except Exception as e: return warn(f'the model is not compiled, and runs as it is: PyTorch cannot compile for {device} here ({type(e).__name__}: {str(e).strip().splitlines()[0]})')
-    model.compile()
+    error = compile_error(device)
+    if error: warn(f'the model is not compiled, and runs as it is: {error}')
+    else: model.compile()
 
 # %% ../nbs/02_learner.ipynb #107b375a
 class NonFiniteLoss(FloatingPointError):
@@ -492,7 +499,7 @@ class RecalibrateBN(Callback):
     @torch.no_grad()
     def _pass(self):
         dl = self.dls.train.new() if isinstance(self.dls.train, DataLoader) else self.dls.train
-        with no_random():
+        with no_random(), torch.compiler.set_stance('force_eager'):   # a mean over all batches cannot be compiled in one piece
             for b in itertools.islice(dl, self.n):
                 for cb in self.learn._grab_cbs(Autocast): cb.before_batch()
                 self.model(*to_device(b[:getattr(dl, 'n_inp', 1)], one_param(self.model).device))

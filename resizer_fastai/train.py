@@ -541,7 +541,7 @@ def train_run(
         run = start_run(learn, root, args, before)
         done = learn.checkpoint.load()
         if before: print(f'going on after {done} epochs', flush=True)
-        if learn.dls.device.type=='cpu' and args['keep_memory']: keep_memory()
+        if learn.dls.device.type=='cpu': keep_memory(args['keep_memory'])
         set_seed(args['seed'])
         _reset_peak_memory(learn.dls.device)
         fit_recipe(learn, args['epochs'], args['lr'], args['pretrained'], done, args['schedule'])
@@ -575,7 +575,7 @@ def resizer_train(
     precision:str='auto', # auto, fp32, bf16, or on CUDA fp16
     channels_last:bool=True, # Keep the channels of a pixel together in memory
     keep_memory:bool=True, # On a CPU, keep freed memory for the next layer
-    compile:bool=False, # Compile the model: some minutes, once, for faster steps
+    compile:bool=False, # Compile the model, which takes its time at the first steps
     cache:str='none', # Where decoded images are kept: none, disk, ram or device
     workers:int=None, # Processes that read images; by default one a core, at most 16
     name:str=None, # Name of the run; by default data-arch-resizer-seed

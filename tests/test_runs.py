@@ -2,11 +2,11 @@
 import json, os, platform, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import Callback, first, risinstance, set_seed
+from fastai.vision.all import Callback, Optimizer, first, risinstance, set_seed
 from conftest import make_images
 from resizer_fastai import compare, train
 from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
-from resizer_fastai.learner import FiniteLoss, ResizerClassifier
+from resizer_fastai.learner import FiniteLoss, FusedAdamW, ResizerClassifier
 from resizer_fastai.show import Film, resized_views
 from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, read_run, recipe_learner, resizer_train
 
@@ -265,3 +265,12 @@ def test_the_peak_of_memory_is_that_of_the_run(tmp_path, no_pictures):
     large = peak(resizer='none', size=224, bs=20)
     if large is None: pytest.skip('this system does not tell')
     assert peak(resizer='bilinear') < large-200e6
+
+def test_parts_of_the_speed_are_turned_off(tmp_path, no_pictures):
+    "Each by its option, which the command of the run tells"
+    learn = resizer_train(**small, epochs=1, runs=tmp_path, channels_last=False, keep_memory=False, opt='adam')
+    assert learn.model.body[0].weight.is_contiguous() and type(learn.opt) is Optimizer
+    command = read_run(learn.path)['command']
+    for o in ('--no-channels_last', '--no-keep_memory', '--opt adam'): assert o in command
+    usual = resizer_train(**small, epochs=1, runs=tmp_path, name='usual')
+    assert not usual.model.body[0].weight.is_contiguous() and type(usual.opt) is FusedAdamW and '--no-' not in read_run(usual.path)['command']
