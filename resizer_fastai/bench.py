@@ -21,7 +21,7 @@ from .compare import markdown_rows
 from scipy.stats import linregress
 from torchvision import transforms
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from json import dumps, loads
 from matplotlib.ticker import LogLocator
 from unittest import mock
@@ -57,10 +57,13 @@ speed_parts = {'half precision':'--precision fp32', 'channels_last':'--no-channe
 
 @contextmanager
 def _leaving_out(part):
-    halve = lambda x: F.interpolate(x, scale_factor=0.5, mode='bilinear')
-    if part=='kept memory': keep_memory(False)
-    with mock.patch('resizer_fastai.resizer._halve', halve) if part=='halving by means' else nullcontext(): yield
-    if part=='kept memory': keep_memory()
+    if part=='kept memory':
+        keep_memory(False)
+        try: yield
+        finally: keep_memory()
+    elif part=='halving by means':
+        with mock.patch('resizer_fastai.resizer._halve', lambda x: F.interpolate(x, scale_factor=0.5, mode='bilinear')): yield
+    else: yield
 
 # %% ../nbs/07_bench.ipynb #af940a94
 class Cell:
@@ -284,7 +287,8 @@ def bench_parts(
 ) -> pd.DataFrame: # A row a part; milliseconds a batch (medians, and half the spread between quartiles), bytes
     "Time training and inference with the resizer, each time with one part of `speed_parts` left out"
     device = default_device()
-    useless = ['half precision'] if pick_precision(device=device)=='fp32' else [] if device.type=='cpu' else ['kept memory']
+    half = [2*o for o in _hw(out)]==list(_hw(size))
+    useless = [k for k,o in {'half precision': pick_precision(device=device)=='fp32', 'halving by means': not half, 'kept memory': device.type!='cpu'}.items() if o]
     if device.type=='cpu': keep_memory()
     cells = {p: Cell(Way(p, half=True, without=p), 'joint', arch, size, out, bs, device) for p in ('','again',*speed_parts) if p not in useless}
     rows = {p: dict(without=p) for p in cells}
@@ -395,7 +399,7 @@ def bench_epochs(
     size:int|tuple=448, # Input size in pixels
     out:int|tuple=224, # Target size in pixels
     bs:int=64, # Images in a batch
-    limit:int=None, # Training images
+    limit:int=2048, # Training images
     workers:int=2, # Processes that decode images
     epochs:int=3, # Epochs that are timed, after a first one
     cache:str='device', # One of `caches`
@@ -494,7 +498,7 @@ def bench_data(
     data:str|Path='imagewoof-320', # As for `get_path`
     size:int|tuple=448, # In pixels
     bs:int=64, # Images in a batch
-    limit:int=None, # Training images
+    limit:int=2048, # Training images
     workers:int=2, # Processes that decode images
     epochs:int=3, # Passes over the images
     ways:tuple=('ImageFolder','fastai',*caches), # Which ways of loading
@@ -549,36 +553,40 @@ def check_bench(
         if (v := options.get(k)) is not None and v<n: raise UsageError(f'{k} is {n} or more: got {v}')
     if options.get('cache', 'none') not in caches: raise UsageError(f'cache is {" or ".join(caches)}: got {options["cache"]}')
     if what=='scaling' and (is_listy(options['size']) or options['size']<128): raise UsageError(f'size is one number for scaling, 128 or more: got {options["size"]}')
-    try: get_body(options.get('arch', 'resnet50'))
-    except ValueError as e: raise UsageError(e) from None
+    if 'arch' in options:
+        try: get_body(options['arch'])
+        except ValueError as e: raise UsageError(e) from None
 
 @cli_command
 def resizer_bench(
     what:Param('What to time: model, with and without a resizer; parts, each left out once; scaling, by size and batch; data, ways to load images; epochs, beside epochs that wait for no data', str, nargs='?', opt=False)='model',
-    arch:str='resnet50', # Body: a torchvision classifier, a fastai xresnet, or timm/NAME
-    data:str='imagewoof-320', # sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder with train and val
-    size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
-    out:str='224', # Size in pixels that the resizer puts out
+    arch:str=None, # Body, by default resnet50: a torchvision classifier, a fastai xresnet, or timm/NAME
+    data:str=None, # By default imagewoof-320: sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder with train and val
+    size:str=None, # Input size in pixels, by default 448: one number, or HEIGHTxWIDTH
+    out:str=None, # Size in pixels that the resizer puts out, by default 224
     bs:int=None, # Images in a batch; by default 32 for model and parts, 64 for data and epochs, 4 for scaling
     rounds:int=None, # How often each step of a model is timed; by default 5, for scaling 3
     compile:bool=True, # Time compiled models as well
-    limit:int=2048, # Training images
-    workers:int=2, # Processes that decode images
-    epochs:int=3, # Passes over the images
-    cache:str='device', # Where epochs keeps decoded images: none, disk, ram or device
+    limit:int=None, # Training images, by default 2048
+    workers:int=None, # Processes that decode images, by default 2
+    epochs:int=None, # Passes over the images, by default 3
+    cache:str=None, # Where epochs keeps decoded images, by default device: none, disk, ram or device
     csv:str=None, # Write the rows to this file
     json:str=None, # Write the rows to this file, with the ratios, the limits, the command and the machine
     debug:bool=False, # Show the traceback of an error
 ) -> pd.DataFrame: # A row a way
     "Time what this project does beside other ways to do it, in one run, and print the tables in markdown"
-    given = dict(arch=arch, data=data, size=parse_size(size), out=parse_size(out), bs=bs, rounds=rounds, compile=compile, limit=limit, workers=workers, epochs=epochs, cache=cache)
+    given = dict(arch=arch, data=data, size=size and parse_size(size), out=out and parse_size(out), bs=bs, rounds=rounds, compile=None if compile else False,
+                 limit=limit, workers=workers, epochs=epochs, cache=cache)
     if what not in benches: raise UsageError(f'what is {" or ".join(benches)}: got {what}')
     bench,table = benches[what]
-    options = {k: ifnone(given[k], p.default) for k,p in inspect.signature(bench).parameters.items() if k in given}
+    known = inspect.signature(bench).parameters
+    unused = [k for k,v in given.items() if v is not None and k not in known]
+    if unused: raise UsageError(f'{" and ".join(unused)} {"is" if len(unused)==1 else "are"} not for {what}')
+    options = {k: ifnone(given[k], known[k].default) for k in known if k in given}
     check_bench(what, options)
-    df = bench(**options)
-    text,source = table(df),f'`{_said(what, options)}` on {_machine()}'
-    print(f'{text}\n\n{source}')
+    df,command,machine = bench(**options),_said(what, options),_machine()
+    print(f'{table(df)}\n\n`{command}` on {machine}')
     if csv: df.to_csv(csv, index=False)
-    if json: Path(json).write_text(dumps(dict(command=_said(what, options), machine=_machine(), rows=_records(df)) | df.attrs, indent=1)+'\n')
+    if json: Path(json).write_text(dumps(dict(command=command, machine=machine, rows=_records(df)) | df.attrs, indent=1)+'\n')
     return df

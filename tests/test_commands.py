@@ -173,5 +173,5 @@ def test_bench_of_epochs(shell):
     res = shell('resizer_bench', 'epochs', '--data', 'sample', '--arch', 'resnet18', '--size', 64, '--out', 32, '--bs', 8, '--limit', 40, '--workers', 0, '--epochs', 1, '--cache', 'ram')
     assert res.returncode == 0 and '| median |' in res.stdout, res.stderr
 
-@pytest.mark.parametrize('args,says', [(['speed'], 'what is model or parts or'), (['--bs', 0], '1 or more'), (['epochs', '--cache', 'tape'], 'cache is'), (['parts', '--rounds', 0], '1 or more'), (['scaling', '--size', '448x336'], 'one number'), (['--arch', 'resnet5'], 'no body'), (['data', '--epochs', 1], '2 or more')])
+@pytest.mark.parametrize('args,says', [(['speed'], 'what is model or parts or'), (['--bs', 0], '1 or more'), (['epochs', '--cache', 'tape'], 'cache is'), (['parts', '--rounds', 0], '1 or more'), (['scaling', '--size', '448x336'], 'one number'), (['scaling', '--out', 112, '--workers', 1], 'out and workers are not for scaling'), (['data', '--no-compile'], 'compile is not for data'), (['--arch', 'resnet5'], 'no body'), (['data', '--epochs', 1], '2 or more')])
 def test_bench_usage(shell, args, says): check_one_sentence(shell('resizer_bench', *args), 2, says)
