@@ -14,14 +14,13 @@ from fastai.vision.all import *
 from fastcore.script import Param
 from PIL import Image
 from .data import NormalizeInPlace, ReadableSplitter, UsageError, _hw, cache_images, caches, cli_command, get_path, image_files, parse_size, resizer_block
-from .resizer import Resizer, fuse
+from .resizer import Resizer, fuse, parse_resizer
 from .learner import compile_error, get_body, pick_precision
 from .train import device_name, keep_memory, multiply_adds, recipe_learner, versions
 from .compare import markdown_rows
 from scipy.stats import linregress
 from torchvision import transforms
 from collections.abc import Callable
-from contextlib import contextmanager
 from json import dumps, loads
 from matplotlib.ticker import LogLocator
 from unittest import mock
@@ -53,17 +52,12 @@ speed_ways = [Way('reference, fp32', reference=True), Way('reference, autocast',
 
 # %% ../nbs/07_bench.ipynb #974fb8e7
 speed_parts = {'half precision':'--precision fp32', 'channels_last':'--no-channels_last', 'recomputation':'--resizer learned+recompute=0', 'fused optimizer':'--opt adam',
-               'activations in place':'', 'halving by means':'', 'kept memory':'--no-keep_memory'}   # and how `resizer_train` leaves it out
+               'activations in place':'--resizer learned+inplace=0', 'halving by means':'--resizer learned+halve=0', 'kept memory':'--no-keep_memory'}   # and how `resizer_train` leaves it out
 
-@contextmanager
-def _leaving_out(part):
-    if part=='kept memory':
-        keep_memory(False)
-        try: yield
-        finally: keep_memory()
-    elif part=='halving by means':
-        with mock.patch('resizer_fastai.resizer._halve', lambda x: F.interpolate(x, scale_factor=0.5, mode='bilinear')): yield
-    else: yield
+def _resizer_args(part):
+    "What the option that leaves out `part` says of the resizer"
+    option,_,value = speed_parts.get(part, '').partition(' ')
+    return parse_resizer(value)[1] if option=='--resizer' else {}
 
 # %% ../nbs/07_bench.ipynb #af940a94
 class Cell:
@@ -78,33 +72,30 @@ class Cell:
         device:torch.device, # Where it runs
     ):
         layout = torch.contiguous_format if way.reference or way.without=='channels_last' else torch.channels_last
-        resizer = nn.Identity() if kind!='joint' else ReferenceResizer(out) if way.reference else Resizer(out, recompute=way.without!='recomputation')
+        resizer = nn.Identity() if kind!='joint' else ReferenceResizer(out) if way.reference else Resizer(out, **_resizer_args(way.without))
         self.way,self.kind,self.device = way,kind,device
         self.x = torch.randn(bs, 3, *_hw(out if kind=='body' else size), device=device).contiguous(memory_format=layout)
         self.y = torch.randint(10, (bs,), device=device)
         self.model = nn.Sequential(resizer, get_body(arch)()).to(device, memory_format=layout)
         self.dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[pick_precision(device=device)] if way.half and way.without!='half precision' else None
         self.opt = Adam(self.model.parameters(), 1e-3) if way.without=='fused optimizer' else torch.optim.AdamW(self.model.parameters(), fused=not way.reference)
-        if way.without=='activations in place':
-            for m in self.model.modules():
-                if isinstance(m, nn.LeakyReLU): m.inplace = False
         if way.fused: self.model[0] = fuse(self.model[0])
         if way.compiled: self.model.compile()
 
     def logits(self, x):
+        if self.device.type=='cpu': keep_memory(self.way.without!='kept memory')   # for the reference as well
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None): return self.model(x)
     def loss(self, x): return F.cross_entropy(self.logits(x).float(), self.y[:len(x)])
     def train(self):
         "A whole step, optimizer included"
         self.model.train()
-        with _leaving_out(self.way.without):
-            self.loss(self.x).backward()
-            self.opt.step()
-            self.opt.zero_grad()
+        self.loss(self.x).backward()
+        self.opt.step()
+        self.opt.zero_grad()
     @torch.no_grad()
     def infer(self, bs=None):
         self.model.eval()
-        with _leaving_out(self.way.without): return self.logits(self.x[:bs])
+        return self.logits(self.x[:bs])
 
 # %% ../nbs/07_bench.ipynb #e386cfc1
 def step_memory(
@@ -197,34 +188,36 @@ def roofline(
     return pd.DataFrame(rows)
 
 # %% ../nbs/07_bench.ipynb #5d392338
-def _best(df, kind, column): return df[(df.kind==kind) & df.way.str.startswith('ours')].nsmallest(1, column).iloc[0]
+def _middle(values, name):
+    "Median, and half the spread between quartiles"
+    q = np.percentile(values, (25,50,75))
+    return {name: q[1], f'{name}_spread': (q[2]-q[0])/2}
+
+def _fastest(rounds): return min((o for o in rounds if o[0].startswith('ours') and o[1]=='joint'), key=lambda o: np.median(rounds[o]))
+
+def _body(way): return way.replace(', fused', ''),'body'   # a body alone has nothing of ours to fuse
 
 def speed_ratios(
-    df:pd.DataFrame, # From `bench_model`
-) -> dict: # What it is -> ratio, None where this machine has no such way
+    rounds:dict, # 'train' and 'infer' -> (way, network) -> seconds of each round
+    memory:dict, # (way, network) -> bytes
+) -> dict: # What it is -> median and half the spread between quartiles, or None where this machine has no such way
     "The fastest way of this library against the reference, and against the body alone in the same settings"
-    at = df.set_index(['kind','way'])
-    value = lambda kind,way,column: at[column].get((kind,way), math.nan)
-    memory = next(c for c in df if c.startswith('memory'))
-    train,infer = _best(df, 'joint', 'train'),_best(df, 'joint', 'infer')
-    body = lambda way: way.replace(', fused', '')
-    added = lambda way: value('joint', way, memory)-value('body', way, memory)
-    same = 'reference, autocast' if ('joint','reference, autocast') in at.index else 'reference, fp32'
-    res = {'joint training step, times as fast as the reference in fp32': value('joint','reference, fp32','train')/train.train,
-            'joint training step, times as fast as the reference under autocast': value('joint','reference, autocast','train')/train.train,
-            'joint inference, times as fast as the reference in fp32': value('joint','reference, fp32','infer')/infer.infer,
-            'joint training step over the body alone': train.train/value('body', train.way, 'train'),
-            'joint inference over the body alone': infer.infer/value('body', body(infer.way), 'infer'),
-            'memory that the resizer adds to a training step, over what the reference adds': added(train.way)/added(same)}
-    return {k: None if math.isnan(v) else round(float(v), 3) for k,v in res.items()}
+    train,infer = [_fastest(rounds[o]) for o in ('train','infer')]
+    def ratio(what, a, b):
+        if not {a,b}<=set(rounds[what]): return None
+        return [round(float(o), 3) for o in _middle(np.divide(rounds[what][a], rounds[what][b]), '').values()]
+    reference = lambda how: (f'reference, {how}','joint')
+    added = lambda way: memory[way,'joint']-memory[way,'body']
+    same = 'reference, autocast' if reference('autocast') in memory else 'reference, fp32'
+    return {'joint training step, times as fast as the reference in fp32': ratio('train', reference('fp32'), train),
+            'joint training step, times as fast as the reference under autocast': ratio('train', reference('autocast'), train),
+            'joint inference, times as fast as the reference in fp32': ratio('infer', reference('fp32'), infer),
+            'joint training step over the body alone': ratio('train', train, _body(train[0])),
+            'joint inference over the body alone': ratio('infer', infer, _body(infer[0])),
+            'memory that the resizer adds to a training step, over what the reference adds': [round(added(train[0])/added(same), 3), 0.]}
 
 # %% ../nbs/07_bench.ipynb #0e40735d
 def _records(df): return loads(df.to_json(orient='records'))
-
-def _quartiles(ts, name='train'):
-    "Median of seconds, and half the spread between quartiles, in milliseconds"
-    q = 1000*np.percentile(ts, (25,50,75))
-    return {name: q[1], f'{name}_spread': (q[2]-q[0])/2}
 
 def bench_model(
     arch:str='resnet50', # As for `get_body`
@@ -234,47 +227,51 @@ def bench_model(
     rounds:int=5, # How often each step is timed
     compile:bool=True, # Time compiled networks as well
     ways:list=speed_ways, # Ways to run it
-) -> pd.DataFrame: # A row a way and a network; milliseconds a batch (medians, and half the spread between quartiles), bytes; its `attrs` hold `speed_ratios` and `roofline`
+) -> pd.DataFrame: # A row a way and a network; milliseconds a batch and ratios (medians, and half the spread between quartiles), bytes; its `attrs` hold `speed_ratios` and `roofline`
     "Time training and inference with and without a resizer"
     device = default_device()
-    if device.type=='cpu': keep_memory()   # which is done for the reference as well
     error = compile and any(o.compiled for o in ways) and compile_error(device)
     if error: warn(f'compiled networks are left out: {error}')
     ways = [o for o in ways if (compile and not error or not o.compiled) and not (o.reference and o.half and pick_precision(device=device)=='fp32')]
     cells = {(w.name,k): Cell(w, k, arch, size, out, bs, device) for w in ways for k in (['joint'] if w.fused else ['body','joint','direct'] if w.name=='ours' else ['body','joint'])}
     trained = {k: c for k,c in cells.items() if not c.way.fused}
     timed = dict(train={k: c.train for k,c in trained.items()}, infer={k: c.infer for k,c in cells.items()}, infer_1={k: partial(c.infer, 1) for k,c in cells.items()})
-    rows = {k: dict(way=k[0], kind=k[1]) for k in cells}
     with torch._dynamo.config.patch(recompile_limit=64):   # the networks share code
-        for what,fs in timed.items():
-            for k,(first,*ts) in take_turns(fs, device, rounds).items(): rows[k] |= _quartiles(ts, what) | {f'{what}_first': first}
-        for k,c in trained.items(): rows[k] |= {f'memory_{n}': step_memory(c, n) for n in dict.fromkeys((bs,1))}
-    df = pd.DataFrame(rows.values())
-    df.attrs = dict(ratios=speed_ratios(df), stages=_records(roofline(arch, size, out, bs)))
+        times = {what: take_turns(fs, device, rounds) for what,fs in timed.items()}
+        memory = {k: {n: step_memory(c, n) for n in dict.fromkeys((bs,1))} for k,c in trained.items()}
+    later = {what: {k: 1000*np.array(o[1:]) for k,o in ts.items()} for what,ts in times.items()}
+    def row(k):
+        r = dict(way=k[0], kind=k[1])
+        for what,ts in later.items():
+            if k in ts: r |= _middle(ts[k], what) | {f'{what}_first': times[what][k][0]}
+            if {k,_body(k[0])}<=set(ts) and k[1]!='body': r |= _middle(ts[k]/ts[_body(k[0])], f'{what}_over_body')
+        return r | {f'memory_{n}': o for n,o in memory.get(k, {}).items()}
+    df = pd.DataFrame([row(k) for k in cells])
+    df.attrs = dict(ratios=speed_ratios(later, {k: o[bs] for k,o in memory.items()}), stages=_records(roofline(arch, size, out, bs)))
     return df
 
 # %% ../nbs/07_bench.ipynb #2fad0c6d
+def _with_spread(row, name, form):
+    "What `_middle` told, for people"
+    return '' if math.isnan(row.get(name, math.nan)) else f'{row[name]:{form}} ± {row[f"{name}_spread"]:{form}}'
+
 def model_table(
     df:pd.DataFrame, # From `bench_model`
 ) -> str:
     "The tables for people, in markdown"
     stages = pd.DataFrame(df.attrs['stages'])
-    at = df.set_index(['way','kind'])
     memory = [c for c in df if c.startswith('memory')]
     limit = {what: dict(joint=stages[what].sum(), body=stages[what].iloc[-1], direct=math.nan) for what in ('train','infer')}
     def ms(r, what):
-        if math.isnan(r[what]): return ''
         share = limit[what][r.kind]/r[what]
-        return f'{r[what]:.0f} ± {r[f"{what}_spread"]:.0f}' + ('' if math.isnan(share) else f' ({share:.0%})')
-    def cost(r, what):
-        base = at[what].get((r.way.replace(', fused', ''), 'body'), math.nan)
-        return '' if r.kind=='body' or math.isnan(r[what]/base) else f'{r[what]/base:.2f}'
+        return _with_spread(r, what, '.0f') + ('' if math.isnan(share) else f' ({share:.0%})')
+    over = lambda r,what: _with_spread(r, f'{what}_over_body', '.2f')
     rows = [['way','network','training step, ms (share of the limit)','over the body','inference, ms (share of the limit)','over the body','inference of one image, ms', *[f'memory, MB, batch {c.split("_")[1]}' for c in memory],'first step, s']]
-    rows += [[r.way, r.kind, ms(r, 'train'), cost(r, 'train'), ms(r, 'infer'), cost(r, 'infer'), f'{r.infer_1:.1f}', *['' if math.isnan(r[c]) else f'{r[c]/1e6:.0f}' for c in memory],
+    rows += [[r.way, r.kind, ms(r, 'train'), over(r, 'train'), ms(r, 'infer'), over(r, 'infer'), f'{r.infer_1:.1f}', *['' if math.isnan(r[c]) else f'{r[c]/1e6:.0f}' for c in memory],
               f'{(r.infer_first if math.isnan(r.train) else r.train_first):.1f}'] for _,r in df.iterrows()]
     limits = [['stage','multiply-adds an image, G','bytes an image, M','bound by','training, ms a batch','inference, ms a batch']]
     limits += [[r.stage, f'{r.multiply_adds/1e9:.3f}', f'{r.bytes/1e6:.1f}', r.bound, f'{r.train:.1f}', f'{r.infer:.1f}'] for r in stages.itertuples()]
-    ratios = [['ratio','']] + [[k, 'not on this machine' if v is None else f'{v:.2f}'] for k,v in df.attrs['ratios'].items()]
+    ratios = [['ratio','']] + [[k, 'not on this machine' if v is None else f'{v[0]:.2f}' + (f' ± {v[1]:.2f}' if v[1] else '')] for k,v in df.attrs['ratios'].items()]
     return '\n\n'.join([markdown_rows(rows), markdown_rows(ratios), markdown_rows(limits)])
 
 # %% ../nbs/07_bench.ipynb #efff5c90
@@ -289,27 +286,23 @@ def bench_parts(
     device = default_device()
     half = [2*o for o in _hw(out)]==list(_hw(size))
     useless = [k for k,o in {'half precision': pick_precision(device=device)=='fp32', 'halving by means': not half, 'kept memory': device.type!='cpu'}.items() if o]
-    if device.type=='cpu': keep_memory()
     cells = {p: Cell(Way(p, half=True, without=p), 'joint', arch, size, out, bs, device) for p in ('','again',*speed_parts) if p not in useless}
     rows = {p: dict(without=p) for p in cells}
     for what in ('train','infer'):
         fs = {p: getattr(c, what) for p,c in cells.items()}
-        times = take_turns(fs | {'after': fs['']}, device, rounds)   # the last part left out leaves the process another one
-        for p in cells: rows[p] |= _quartiles(times[p][1:], what)
-    for p,c in cells.items():
-        with _leaving_out(p): rows[p] |= {f'memory_{bs}': step_memory(c)}
-    return pd.DataFrame(rows.values())
+        times = {k: 1000*np.array(ts[1:]) for k,ts in take_turns(fs | {'after': fs['']}, device, rounds).items()}   # the last part left out leaves the process another one
+        for p in cells: rows[p] |= _middle(times[p], what) | _middle(times[p]/times[''], f'{what}_ratio')
+    return pd.DataFrame([r | {f'memory_{bs}': step_memory(cells[p])} for p,r in rows.items()])
 
 # %% ../nbs/07_bench.ipynb #baa6fa8a
 def parts_table(
     df:pd.DataFrame, # From `bench_parts`
 ) -> str:
     "The table for people, in markdown"
-    base = df.iloc[0]
     memory = next(c for c in df if c.startswith('memory'))
     rows = [['left out','with this option','training step, ms','times as long','inference, ms','times as long',f'memory, MB, batch {memory.split("_")[1]}']]
-    rows += [[r.without or 'nothing', f'`{o}`' if (o:=speed_parts.get(r.without)) else '', f'{r.train:.0f} ± {r.train_spread:.0f}', f'{r.train/base.train:.2f}', f'{r.infer:.0f} ± {r.infer_spread:.0f}',
-              f'{r.infer/base.infer:.2f}', f'{r[memory]/1e6:.0f}'] for _,r in df.iterrows()]
+    rows += [[r.without or 'nothing', f'`{speed_parts[r.without]}`' if r.without in speed_parts else '', *[_with_spread(r, o, f) for o,f in [('train','.0f'),('train_ratio','.2f'),('infer','.0f'),('infer_ratio','.2f')]],
+              f'{r[memory]/1e6:.0f}'] for _,r in df.iterrows()]
     return markdown_rows(rows)
 
 # %% ../nbs/07_bench.ipynb #40e8de96
@@ -323,11 +316,10 @@ def bench_scaling(
 ) -> pd.DataFrame: # A row a size or batch, and a network; milliseconds a batch
     "Time a training step at many sizes"
     device = default_device()
-    if device.type=='cpu': keep_memory()
     ways = {'body':(speed_ways[2],'body'), 'with the resizer':(speed_ways[2],'joint'), 'with the reference':(speed_ways[0],'joint')}
     cells = {(k,s,b): Cell(*o, arch, s, s//2, b, device) for k,o in ways.items() for s,b in dict.fromkeys([(s,bs) for s in sizes] + [(size,b) for b in batches])}
     times = take_turns({k: c.train for k,c in cells.items()}, device, rounds)
-    return pd.DataFrame([dict(network=k, size=s, bs=b) | _quartiles(times[k,s,b][1:]) for k,s,b in cells])
+    return pd.DataFrame([dict(network=k, size=s, bs=b) | _middle(1000*np.array(times[k,s,b][1:]), 'train') for k,s,b in cells])
 
 def exponent(
     x, # Above 0, such as pixels
@@ -535,7 +527,7 @@ def data_table(
 benches = dict(model=(bench_model, model_table), parts=(bench_parts, parts_table), scaling=(bench_scaling, scaling_table), data=(bench_data, data_table), epochs=(bench_epochs, epochs_table))
 
 def _machine():
-    v = versions()
+    v = versions('bench')
     tf32 = f'TF32 in convolutions {torch.backends.cudnn.allow_tf32}, in matrix products {torch.backends.cuda.matmul.allow_tf32}, ' if default_device().type=='cuda' else ''
     return f'{device_name(default_device())}, {num_cpus()} cores, {pick_precision()}, {tf32}torch {v["torch"]}, torchvision {v["torchvision"]}, fastai {v["fastai"]}, resizer_fastai {v["resizer_fastai"]}'
 

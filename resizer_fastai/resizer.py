@@ -58,6 +58,7 @@ class FixedResizer(nn.Module):
         size:int|tuple=224, # Target size in pixels: a number, or (height, width)
         interpolate_mode:str='bilinear', # One of `interpolate_modes`
         antialias:bool=False, # Widen the filter when reducing, as Pillow always does; for bilinear and bicubic
+        halve:bool=True, # Where bilinear or area at exactly one half is the mean of 2x2 pixels, compute it so; the same up to rounding
     ):
         super().__init__()
         _check_mode(interpolate_mode, antialias)
@@ -70,7 +71,7 @@ class FixedResizer(nn.Module):
     ) -> Tensor: # Resized images, shape (B, C, h, w)
         _check_input(x)
         size = self.size if size is None else _check_size(size)
-        if self.interpolate_mode in ('bilinear','area') and not self.antialias and (2*size[0],2*size[1])==tuple(x.shape[-2:]): return _halve(x)
+        if self.halve and self.interpolate_mode in ('bilinear','area') and not self.antialias and (2*size[0],2*size[1])==tuple(x.shape[-2:]): return _halve(x)
         half = self.antialias and x.device.type=='cpu' and x.dtype==torch.bfloat16   # PyTorch has no such kernel
         y = F.interpolate(x.float() if half else x, size, mode=self.interpolate_mode, antialias=self.antialias)
         return y.to(x.dtype)
@@ -84,7 +85,7 @@ def _conv_norm(n, norm):
     "A 3x3 convolution and its norm; it has a bias only where no norm follows"
     return nn.Conv2d(n, n, 3, padding=1, bias=norm=='none'), norms[norm](n)
 
-def _leaky(slope): return nn.LeakyReLU(slope, inplace=slope>0)   # nothing before it needs what it overwrites
+def _leaky(slope, inplace): return nn.LeakyReLU(slope, inplace=inplace and slope>0)   # nothing before it needs what it overwrites
 
 class ResidualBlock(nn.Module):
     "Conv 3x3, norm, LeakyReLU, Conv 3x3, norm, added to the input (paper, figure 3)"
@@ -92,10 +93,11 @@ class ResidualBlock(nn.Module):
         n:int, # Channels
         negative_slope:float=0.2, # Of the LeakyReLU
         norm:str='batch', # One of `norms`
+        inplace:bool=True, # The activation overwrites what comes in
     ):
         super().__init__()
         self.conv1,self.bn1 = _conv_norm(n, norm)
-        self.act = _leaky(negative_slope)
+        self.act = _leaky(negative_slope, inplace)
         self.conv2,self.bn2 = _conv_norm(n, norm)
 
     def forward(self, x): return x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
@@ -136,6 +138,8 @@ class Resizer(nn.Module):
         norm:str='batch', # 'batch' as in the paper; 'group' (of 4 groups) and 'none' keep no running statistics
         recompute:bool=True, # In the backward pass, compute again what lies inside the stem and the merging convolution instead of keeping it; the same result in less memory
         skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
+        inplace:bool=True, # Activations overwrite what comes in; the same result in less memory
+        halve:bool=True, # As for `FixedResizer`, in both resizes
     ):
         super().__init__()
         if norm not in norms: raise ValueError(f'no norm {norm!r}: there are {", ".join(norms)}')
@@ -143,10 +147,10 @@ class Resizer(nn.Module):
         if skip_mode not in ('resize','unshuffle'): raise ValueError(f'the skip_mode is resize or unshuffle: got {skip_mode!r}')
         if skip_mode=='unshuffle' and (k<1 or out_channels!=in_channels*k*k): raise ValueError(f'skip_mode unshuffle has k² times the channels, such as 12 of 3: got out_channels {out_channels} of {in_channels}')
         store_attr(but='k')
-        self.resize = FixedResizer(size, interpolate_mode, antialias)
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, n, 7, padding=3), _leaky(negative_slope),
-                                  nn.Conv2d(n, n, 1), _leaky(negative_slope), norms[norm](n))
-        self.blocks = nn.Sequential(*[ResidualBlock(n, negative_slope, norm) for _ in range(num_resblocks)])
+        self.resize = FixedResizer(size, interpolate_mode, antialias, halve)
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, n, 7, padding=3), _leaky(negative_slope, inplace),
+                                  nn.Conv2d(n, n, 1), _leaky(negative_slope, inplace), norms[norm](n))
+        self.blocks = nn.Sequential(*[ResidualBlock(n, negative_slope, norm, inplace) for _ in range(num_resblocks)])
         self.merge = nn.Sequential(*_conv_norm(n, norm))
         self.out = nn.Conv2d(n, out_channels, 7, padding=3)
         self.skip = nn.PixelUnshuffle(k) if skip_mode=='unshuffle' else nn.Identity() if in_channels==out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)

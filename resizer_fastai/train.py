@@ -216,13 +216,17 @@ def _peak_memory(device):
 
 # %% ../nbs/04_train.ipynb #924a3a7e
 @cache
-def code_fingerprint() -> str: # 8 hexadecimal digits
+def code_fingerprint(
+    *also:str, # Other modules of this library
+) -> str: # 8 hexadecimal digits
     "A hash of the modules that training depends on, as they are when it is first asked for"
-    return hashlib.sha256(b''.join((files('resizer_fastai')/f'{o}.py').read_bytes() for o in ('data','resizer','learner','train'))).hexdigest()[:8]
+    return hashlib.sha256(b''.join((files('resizer_fastai')/f'{o}.py').read_bytes() for o in ('data','resizer','learner','train',*also))).hexdigest()[:8]
 
-def versions():
+def versions(
+    *also:str, # As for `code_fingerprint`
+) -> dict:
     "Versions of what a result depends on"
-    return dict(resizer_fastai=f'{__version__}+{code_fingerprint()}', fastai=fastai.__version__, torch=torch.__version__,
+    return dict(resizer_fastai=f'{__version__}+{code_fingerprint(*also)}', fastai=fastai.__version__, torch=torch.__version__,
                 torchvision=torchvision.__version__, python=platform.python_version())
 
 # %% ../nbs/04_train.ipynb #87bcb242

@@ -268,7 +268,10 @@ def test_the_peak_of_memory_is_that_of_the_run(tmp_path, no_pictures):
 
 def test_parts_of_the_speed_are_turned_off(tmp_path, no_pictures):
     "Each by its option, which the command of the run tells"
-    learn = resizer_train(**small, epochs=1, runs=tmp_path, channels_last=False, keep_memory=False, opt='adam')
+    learn = resizer_train(**small, epochs=1, runs=tmp_path, channels_last=False, keep_memory=False, opt='adam',
+                          resizer='learned+recompute=0+inplace=0+halve=0')
+    resizer = learn.model.resizer
+    assert not (resizer.recompute or resizer.resize.halve or any(m.inplace for m in resizer.modules() if isinstance(m, torch.nn.LeakyReLU)))
     assert learn.model.body[0].weight.is_contiguous() and type(learn.opt) is Optimizer
     command = read_run(learn.path)['command']
     for o in ('--no-channels_last', '--no-keep_memory', '--opt adam'): assert o in command
