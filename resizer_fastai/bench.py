@@ -164,35 +164,60 @@ def _moved(module, x):
     return sum(n), y
 
 # %% ../nbs/07_bench.ipynb #c0d0d9d5
-@torch.no_grad()
-def roofline(
-    arch:str='resnet50', # As for `get_body`
-    size:int|tuple=448, # Input size in pixels
-    out:int|tuple=224, # Target size in pixels
-    bs:int=32, # Images in a batch
-) -> pd.DataFrame: # A row a stage: multiply-adds and bytes an image, milliseconds a batch at the machine's limit in training and inference
-    "The least time that each stage takes on this machine"
-    device = default_device()
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(pick_precision(device=device), torch.float32)
-    rate,bandwidth = machine_limits(device, dtype)
-    r,rows = Resizer(out).eval(),[]
-    stages = {'stem and resize': nn.Sequential(r.stem, r.resize), **{f'block {i}': b for i,b in enumerate(r.blocks)}, 'merge': r.merge, 'last convolution': r.out, 'body': get_body(arch)().eval()}
-    x = torch.randn(1, 3, *_hw(size))
-    for name,m in stages.items():
-        macs = multiply_adds(m, x.shape[1:])
-        inner,y = _moved(m, x)
-        values = inner if name=='body' else x.numel()+y.numel()+sum(p.numel() for p in m.parameters())
-        limit = 1000*bs*max(macs/rate, values*dtype.itemsize/bandwidth)
-        rows.append(dict(stage=name, multiply_adds=macs, bytes=values*dtype.itemsize, bound='arithmetic' if macs/rate>values*dtype.itemsize/bandwidth else 'memory', infer=limit, train=(3 if rows else 2)*limit))
-        x = y
-    return pd.DataFrame(rows)
+class _Stage(nn.Module):
+    "A part of a model that is not one of its modules"
+    def __init__(self, module, run):
+        super().__init__()
+        self.module,self.run = module,run
+    def forward(self, x): return self.run(x)
 
-# %% ../nbs/07_bench.ipynb #5d392338
+def _stages(arch, out):
+    r = Resizer(out)
+    return {'stem and resize': _Stage(r.stem, lambda x: r._keep_input(r.stem, x, r.resize)), **{f'block {i}': b for i,b in enumerate(r.blocks)},
+            'merge': _Stage(r.merge, partial(r._keep_input, r.merge)), 'last convolution': r.out, 'body': get_body(arch)()}
+
+def _stage_steps(stage, x, dtype):
+    "Training and inference of a stage"
+    wrt = [*stage.parameters(), *([x] if x.requires_grad else [])]
+    def run(training):
+        stage.train(training)
+        with torch.autocast(x.device.type, dtype, enabled=dtype!=torch.float32): return stage(x)
+    g = torch.ones_like(run(True))
+    return dict(train=lambda: torch.autograd.grad(run(True), wrt, g), infer=torch.no_grad()(lambda: run(False)))
+
+# %% ../nbs/07_bench.ipynb #c11f3d75
 def _middle(values, name):
     "Median, and half the spread between quartiles"
     q = np.percentile(values, (25,50,75))
     return {name: q[1], f'{name}_spread': (q[2]-q[0])/2}
 
+def roofline(
+    arch:str='resnet50', # As for `get_body`
+    size:int|tuple=448, # Input size in pixels
+    out:int|tuple=224, # Target size in pixels
+    bs:int=32, # Images in a batch
+    rounds:int=5, # How often each stage is timed
+) -> pd.DataFrame: # A row a stage: multiply-adds and bytes an image; milliseconds a batch in training and inference, at the machine's limit and as measured
+    "The least time that each stage takes on this machine, and the time it takes"
+    device = default_device()
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(pick_precision(device=device), torch.float32)
+    rate,bandwidth = machine_limits(device, dtype)
+    rows,steps,x = {},{},torch.randn(1, 3, *_hw(size))
+    for name,m in _stages(arch, out).items():
+        macs = multiply_adds(m.eval(), x.shape[1:])
+        inner,y = _moved(m, x)
+        values = inner if name=='body' else x.numel()+y.numel()+sum(p.numel() for p in m.parameters())
+        limit = 1000*bs*max(macs/rate, values*dtype.itemsize/bandwidth)
+        rows[name] = dict(stage=name, multiply_adds=macs, bytes=values*dtype.itemsize, bound='arithmetic' if macs/rate>values*dtype.itemsize/bandwidth else 'memory',
+                          infer_limit=limit, train_limit=(3 if rows else 2)*limit)
+        batch = torch.randn(bs, *x.shape[1:], device=device, dtype=dtype if steps else None).to(memory_format=torch.channels_last).requires_grad_(len(steps)>0)
+        steps[name] = _stage_steps(m.to(device, memory_format=torch.channels_last), batch, dtype)
+        x = y
+    for what in ('train','infer'):
+        for name,ts in take_turns({k: o[what] for k,o in steps.items()}, device, rounds).items(): rows[name] |= _middle(1000*np.array(ts[1:]), what)
+    return pd.DataFrame(rows.values())
+
+# %% ../nbs/07_bench.ipynb #5d392338
 def _fastest(rounds): return min((o for o in rounds if o[0].startswith('ours') and o[1]=='joint'), key=lambda o: np.median(rounds[o]))
 
 def _body(way): return way.replace(', fused', ''),'body'   # a body alone has nothing of ours to fuse
@@ -247,7 +272,7 @@ def bench_model(
             if {k,_body(k[0])}<=set(ts) and k[1]!='body': r |= _middle(ts[k]/ts[_body(k[0])], f'{what}_over_body')
         return r | {f'memory_{n}': o for n,o in memory.get(k, {}).items()}
     df = pd.DataFrame([row(k) for k in cells])
-    df.attrs = dict(ratios=speed_ratios(later, {k: o[bs] for k,o in memory.items()}), stages=_records(roofline(arch, size, out, bs)))
+    df.attrs = dict(ratios=speed_ratios(later, {k: o[bs] for k,o in memory.items()}), stages=_records(roofline(arch, size, out, bs, rounds)))
     return df
 
 # %% ../nbs/07_bench.ipynb #2fad0c6d
@@ -261,7 +286,7 @@ def model_table(
     "The tables for people, in markdown"
     stages = pd.DataFrame(df.attrs['stages'])
     memory = [c for c in df if c.startswith('memory')]
-    limit = {what: dict(joint=stages[what].sum(), body=stages[what].iloc[-1], direct=math.nan) for what in ('train','infer')}
+    limit = {what: dict(joint=o.sum(), body=o.iloc[-1], direct=math.nan) for what in ('train','infer') for o in [stages[f'{what}_limit']]}
     def ms(r, what):
         share = limit[what][r.kind]/r[what]
         return _with_spread(r, what, '.0f') + ('' if math.isnan(share) else f' ({share:.0%})')
@@ -269,8 +294,8 @@ def model_table(
     rows = [['way','network','training step, ms (share of the limit)','over the body','inference, ms (share of the limit)','over the body','inference of one image, ms', *[f'memory, MB, batch {c.split("_")[1]}' for c in memory],'first step, s']]
     rows += [[r.way, r.kind, ms(r, 'train'), over(r, 'train'), ms(r, 'infer'), over(r, 'infer'), f'{r.infer_1:.1f}', *['' if math.isnan(r[c]) else f'{r[c]/1e6:.0f}' for c in memory],
               f'{(r.infer_first if math.isnan(r.train) else r.train_first):.1f}'] for _,r in df.iterrows()]
-    limits = [['stage','multiply-adds an image, G','bytes an image, M','bound by','training, ms a batch','inference, ms a batch']]
-    limits += [[r.stage, f'{r.multiply_adds/1e9:.3f}', f'{r.bytes/1e6:.1f}', r.bound, f'{r.train:.1f}', f'{r.infer:.1f}'] for r in stages.itertuples()]
+    limits = [['stage','multiply-adds an image, G','bytes an image, M','bound by','training, ms a batch','limit','inference, ms a batch','limit']]
+    limits += [[r.stage, f'{r.multiply_adds/1e9:.3f}', f'{r.bytes/1e6:.1f}', r.bound, _with_spread(r, 'train', '.0f'), f'{r.train_limit:.0f}', _with_spread(r, 'infer', '.0f'), f'{r.infer_limit:.0f}'] for _,r in stages.iterrows()]
     ratios = [['ratio','']] + [[k, 'not on this machine' if v is None else f'{v[0]:.2f}' + (f' ± {v[1]:.2f}' if v[1] else '')] for k,v in df.attrs['ratios'].items()]
     return '\n\n'.join([markdown_rows(rows), markdown_rows(ratios), markdown_rows(limits)])
 
