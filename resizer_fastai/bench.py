@@ -78,7 +78,7 @@ class Cell:
         self.y = torch.randint(10, (bs,), device=device)
         self.model = nn.Sequential(resizer, get_body(arch)()).to(device, memory_format=layout)
         self.dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[pick_precision(device=device)] if way.half and way.without!='half precision' else None
-        self.opt = Adam(self.model.parameters(), 1e-3) if way.without=='fused optimizer' else torch.optim.AdamW(self.model.parameters(), fused=not way.reference)
+        self.opt = Adam(self.model.parameters(), 1e-3) if way.without=='fused optimizer' else torch.optim.AdamW(self.model.parameters(), fused=None if way.reference else True)
         if way.fused: self.model[0] = fuse(self.model[0])
         if way.compiled: self.model.compile()
 
@@ -106,11 +106,13 @@ def step_memory(
     cell.model.train()
     x = cell.x[:bs]
     if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        cell.loss(x).backward()
-        cell.opt.zero_grad()
-        return torch.cuda.max_memory_allocated()-before
+        for _ in range(2):   # the first may compile, and choose kernels
+            cell.model.zero_grad(set_to_none=True)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            cell.loss(x).backward()
+            peak = torch.cuda.max_memory_allocated()
+        return peak-before
     known,saved = {o.untyped_storage().data_ptr() for o in [*cell.model.parameters(), *cell.model.buffers(), cell.x]},{}
     def pack(t):
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -157,7 +159,7 @@ def machine_limits(
 def _moved(module, x):
     "Values that the convolutions and linear layers of `module` read and write, and its output"
     n = []
-    hook = lambda m,inp,out: n.append(inp[0].numel()+out.numel()+sum(p.numel() for p in m.parameters()))
+    hook = lambda m,inp,out: n.append(inp[0].numel()+out.numel())
     handles = [m.register_forward_hook(hook) for m in module.modules() if isinstance(m, (nn.Conv2d,nn.Linear))]
     y = module(x)
     for h in handles: h.remove()
@@ -206,9 +208,9 @@ def roofline(
     for name,m in _stages(arch, out).items():
         macs = multiply_adds(m.eval(), x.shape[1:])
         inner,y = _moved(m, x)
-        values = inner if name=='body' else x.numel()+y.numel()+sum(p.numel() for p in m.parameters())
+        values = (inner if name=='body' else x.numel()+y.numel()) + sum(p.numel() for p in m.parameters())/bs
         limit = 1000*bs*max(macs/rate, values*dtype.itemsize/bandwidth)
-        rows[name] = dict(stage=name, multiply_adds=macs, bytes=values*dtype.itemsize, bound='arithmetic' if macs/rate>values*dtype.itemsize/bandwidth else 'memory',
+        rows[name] = dict(stage=name, multiply_adds=macs, bytes=round(values*dtype.itemsize), bound='arithmetic' if macs/rate>values*dtype.itemsize/bandwidth else 'memory',
                           infer_limit=limit, train_limit=(3 if rows else 2)*limit)
         batch = torch.randn(bs, *x.shape[1:], device=device, dtype=dtype if steps else None).to(memory_format=torch.channels_last).requires_grad_(len(steps)>0)
         steps[name] = _stage_steps(m.to(device, memory_format=torch.channels_last), batch, dtype)
@@ -276,9 +278,13 @@ def bench_model(
     return df
 
 # %% ../nbs/07_bench.ipynb #2fad0c6d
-def _with_spread(row, name, form):
+def _places(ms): return f'.{max(0, min(3, 1-math.floor(math.log10(ms))))}f' if ms>0 else '.0f'   # two figures, or all before the point
+
+def _with_spread(row, name, form=None):
     "What `_middle` told, for people"
-    return '' if math.isnan(row.get(name, math.nan)) else f'{row[name]:{form}} ± {row[f"{name}_spread"]:{form}}'
+    v = row.get(name, math.nan)
+    form = form or _places(v)
+    return '' if math.isnan(v) else f'{v:{form}} ± {row[f"{name}_spread"]:{form}}'
 
 def model_table(
     df:pd.DataFrame, # From `bench_model`
@@ -288,14 +294,15 @@ def model_table(
     memory = [c for c in df if c.startswith('memory')]
     limit = {what: dict(joint=o.sum(), body=o.iloc[-1], direct=math.nan) for what in ('train','infer') for o in [stages[f'{what}_limit']]}
     def ms(r, what):
-        share = limit[what][r.kind]/r[what]
-        return _with_spread(r, what, '.0f') + ('' if math.isnan(share) else f' ({share:.0%})')
+        share = math.nan if r.way in whole else limit[what][r.kind]/r[what]
+        return _with_spread(r, what) + ('' if math.isnan(share) else f' ({share:.0%})')
     over = lambda r,what: _with_spread(r, f'{what}_over_body', '.2f')
+    whole = ['reference, fp32'] if 'reference, autocast' in set(df.way) else []   # whose limit is another one
     rows = [['way','network','training step, ms (share of the limit)','over the body','inference, ms (share of the limit)','over the body','inference of one image, ms', *[f'memory, MB, batch {c.split("_")[1]}' for c in memory],'first step, s']]
     rows += [[r.way, r.kind, ms(r, 'train'), over(r, 'train'), ms(r, 'infer'), over(r, 'infer'), f'{r.infer_1:.1f}', *['' if math.isnan(r[c]) else f'{r[c]/1e6:.0f}' for c in memory],
               f'{(r.infer_first if math.isnan(r.train) else r.train_first):.1f}'] for _,r in df.iterrows()]
     limits = [['stage','multiply-adds an image, G','bytes an image, M','bound by','training, ms a batch','limit','inference, ms a batch','limit']]
-    limits += [[r.stage, f'{r.multiply_adds/1e9:.3f}', f'{r.bytes/1e6:.1f}', r.bound, _with_spread(r, 'train', '.0f'), f'{r.train_limit:.0f}', _with_spread(r, 'infer', '.0f'), f'{r.infer_limit:.0f}'] for _,r in stages.iterrows()]
+    limits += [[r.stage, f'{r.multiply_adds/1e9:.3f}', f'{r.bytes/1e6:.1f}', r.bound, *[o for what in ('train','infer') for o in (_with_spread(r, what), f'{r[f"{what}_limit"]:{_places(r[what])}}')]] for _,r in stages.iterrows()]
     ratios = [['ratio','']] + [[k, 'not on this machine' if v is None else f'{v[0]:.2f}' + (f' ± {v[1]:.2f}' if v[1] else '')] for k,v in df.attrs['ratios'].items()]
     return '\n\n'.join([markdown_rows(rows), markdown_rows(ratios), markdown_rows(limits)])
 
@@ -326,7 +333,7 @@ def parts_table(
     "The table for people, in markdown"
     memory = next(c for c in df if c.startswith('memory'))
     rows = [['left out','with this option','training step, ms','times as long','inference, ms','times as long',f'memory, MB, batch {memory.split("_")[1]}']]
-    rows += [[r.without or 'nothing', f'`{speed_parts[r.without]}`' if r.without in speed_parts else '', *[_with_spread(r, o, f) for o,f in [('train','.0f'),('train_ratio','.2f'),('infer','.0f'),('infer_ratio','.2f')]],
+    rows += [[r.without or 'nothing', f'`{speed_parts[r.without]}`' if r.without in speed_parts else '', *[_with_spread(r, o, f) for o,f in [('train',None),('train_ratio','.2f'),('infer',None),('infer_ratio','.2f')]],
               f'{r[memory]/1e6:.0f}'] for _,r in df.iterrows()]
     return markdown_rows(rows)
 

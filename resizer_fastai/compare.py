@@ -16,7 +16,7 @@ from .data import UsageError, cli_command, get_path, parse_size
 from .resizer import make_resizer
 from .learner import Frozen, ResizerClassifier
 from .show import draw_image, figure_text, picture, plain_text, resized_views, section, value_range, write_report
-from .train import changed_since, command_of, finished_run, is_finished, made_with, only_process, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure
+from .train import changed_since, command_of, finished_run, is_finished, made_with, only_process, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure, started_run
 
 # %% ../nbs/05_compare.ipynb #c106d16d
 def paired_interval(
@@ -88,8 +88,7 @@ def run_cell(
     "Train one cell, unless it is there already; go on with it if it was interrupted"
     options = complete_options(**options)
     path = root/run_name(*[options[o] for o in ('data','arch','resizer','seed')])
-    if path.exists():
-        run = read_run(path)
+    if run := started_run(path):
         changed = changed_since(run, options)
         if not changed and is_finished(path, run):
             print(f'{path}: finished before, with the same options and versions')
@@ -102,7 +101,7 @@ def run_cell(
 def collect_cells(
     root:Path, # Folder of a comparison
 ) -> dict: # Arm -> folders of its runs, in the order of the seeds
-    "The finished runs in a folder, whose options may differ in nothing but arm and seed"
+    "The finished runs in a folder, which may differ in nothing but arm and seed, and the machine"
     found = {p: read_run(p) for p in sorted(root.glob('*')) if (p/'run.json').exists() and '.old-' not in p.name}
     found = {p: r for p,r in found.items() if is_finished(p, r)}
     if not found: raise UsageError(f'no finished run in {root}')
@@ -110,6 +109,8 @@ def collect_cells(
     (first_path,first_run),*others = found.items()
     for p,r in others:
         if options(r)!=options(first_run): raise UsageError(f'{p.name} has other options than {first_path.name}: {r["command"]}; {first_run["command"]}')
+        if r['data']['fingerprint']!=first_run['data']['fingerprint']: raise UsageError(f'{p.name} has other images than {first_path.name}')
+        if r['precision']!=first_run['precision']: raise UsageError(f'{p.name} was made in {r["precision"]}, and {first_path.name} in {first_run["precision"]}')
     cells = groupby(sorted(found, key=lambda p: arm_and_seed(found[p])[1]), lambda p: arm_and_seed(found[p])[0])
     return {arm: list(cells[arm]) for arm in sorted(cells, key=lambda o: (arm_names.index(o.split('+')[0]), o))}
 
@@ -182,7 +183,8 @@ def people_rows(
     "The table for people"
     def cells(r):
         sd = '' if math.isnan(r.sd) else f' ± {r.sd:.2f}'
-        diff,images = [f'{r.difference:+.2f} ({r.low:+.2f} to {r.high:+.2f})', f'{r.image_low:+.2f} to {r.image_high:+.2f}'] if r.pairs>0 else ['','']
+        pairs = f', {r.pairs:.0f} pairs' if 1<r.pairs<r.seeds else ''
+        diff,images = [f'{r.difference:+.2f} ({r.low:+.2f} to {r.high:+.2f}{pairs})', f'{r.image_low:+.2f} to {r.image_high:+.2f}'] if r.pairs>0 else ['','']
         memory = '' if math.isnan(r.peak_memory) else f'{r.peak_memory/1e6:.0f}'
         return [r.arm, f'{r.accuracy:.2f}{sd}', r.seeds, diff, images, r.parameters, f'{r.multiply_adds/1e9:.3g}', f'{r.seconds:.0f}',
                 f'{r.train_images_per_second:.0f} / {r.inference_images_per_second:.0f}', memory]
@@ -197,16 +199,16 @@ def markdown_table(
     return markdown_rows(people_rows(df))
 
 # %% ../nbs/05_compare.ipynb #7d15b8eb
-def _command(cells):
-    "The command that makes the runs"
+def _commands(cells):
+    "The command that makes the runs, or one for each set of seeds"
     options = re.sub(r'^resizer_train | --(resizer|seed) \S+', '', read_run(first(cells.values())[0])['command'])
-    seeds = ','.join(map(str, sorted({o for paths in cells.values() for o in _seeds(paths)})))
-    return f'resizer_compare --arms {",".join(cells)} --seeds {seeds} {options}'
+    arms = groupby(cells, lambda arm: ','.join(map(str, sorted(_seeds(cells[arm])))))
+    return [f'resizer_compare --arms {",".join(a)} --seeds {s} {options}' for s,a in arms.items()]
 
 def _source_line(cells):
     "On what the runs were made"
     runs = [read_run(p) for paths in cells.values() for p in paths]
-    on = ' and '.join(sorted({f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}, fastai {r['versions']['fastai']}" for r in runs}))
+    on = ' and '.join(sorted({f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}, fastai {r['versions']['fastai']}, resizer_fastai {r['versions']['resizer_fastai']}" for r in runs}))
     return f'{on}; {runs[0]["data"]["train"]} training and {runs[0]["data"]["valid"]} validation images, accuracy of the last epoch.'
 
 def write_tables(
@@ -217,7 +219,8 @@ def write_tables(
     "Write `table.csv` (a row an arm), `runs.csv` (a row a run), and `table.md` for people"
     df.to_csv(root/'table.csv', index=False)
     runs_table(cells).to_csv(root/'runs.csv', index=False)
-    (root/'table.md').write_text(f'{markdown_table(df)}\n\n`{_command(cells)}` on {_source_line(cells)}\n')
+    commands = ' and '.join(f'`{o}`' for o in _commands(cells))
+    (root/'table.md').write_text(f'{markdown_table(df)}\n\n{commands} on {_source_line(cells)}\n')
 
 # %% ../nbs/05_compare.ipynb #061f9d7e
 def explain_difference(
@@ -361,7 +364,7 @@ def comparison_report(
     names = ['arm','seed','accuracy','valid_loss','seconds']
     sections = [section('Results', *said, table=(head,rows), pictures=[curves], details=dict(title='Every run', table=(names, runs[names].values.tolist()))),
                 *seen, section('Where they differ', 'With the first seed.', pictures=differ),
-                section('How it was made', 'Images a second are those of the whole loop, reading included.', code=_command(cells), table=(['what','value'], made_with(first_run)))]
+                section('How it was made', 'Images a second are those of the whole loop, reading included.', code='\n'.join(_commands(cells)), table=(['what','value'], made_with(first_run)))]
     return write_report(root/'report.html', root.name, [_source_line(cells)], [], [o for o in sections if o['pictures'] or o['table']])
 
 # %% ../nbs/05_compare.ipynb #b5aa5d59
@@ -384,22 +387,24 @@ def resizer_compare(
     runs:str='runs', # Folder of the comparison's folder
     dry_run:bool=False, # Print the command of each cell, a line each, and train nothing
     collect:bool=False, # Make the table of the runs that are finished, and train nothing
+    base:str=None, # Arm that the others are held against; by default bilinear, or the first one
     **kwargs
 ) -> pd.DataFrame: # From `results_table`
-    "Train each arm with each seed, everything else equal, and hold the arms against bilinear (or the first one)"
+    "Train each arm with each seed, everything else equal, and hold the arms against one of them"
     data = str(data)
     kwargs.pop('debug', None)   # `main` sees to it
     arms,seeds = _list(arms, str, 'arms'),_list(seeds, int, 'seeds')
     unknown = [o for o in arms if o.split('+')[0] not in arm_names]
     if unknown: raise UsageError(f'no resizer {", ".join(unknown)}: there are {", ".join(arm_names)}')
+    if not all(0<=o<1000 for o in seeds): raise UsageError(f'a seed of a comparison is a number from 0 to 999: got {", ".join(map(str, seeds))}')
     root = Path(runs)/(name or f'compare-{Path(data).expanduser().resolve().name}-{arch}')
     wanted = [(arm, dict(data=data, arch=arch, **cell_options(arm, seed)) | kwargs) for seed in seeds for arm in arms]
     if dry_run: return print('\n'.join(f'{command_of(complete_options(**o))} --runs {shlex.quote(str(root))} --resume' for _,o in wanted))
-    if collect: cells = collect_cells(root)
-    else:
-        cells = {arm:[] for arm in arms}
+    cells = collect_cells(root) if collect else {arm:[] for arm in arms}
+    base = base or ('bilinear' if 'bilinear' in cells else first(cells))
+    if base not in cells: raise UsageError(f'no runs of the arm {base}, which the others are to be held against: there are {", ".join(cells)}')
+    if not collect:
         for arm,o in wanted: cells[arm].append(run_cell(root, **o))
-    base = 'bilinear' if 'bilinear' in cells else first(cells)
     df = results_table(cells, base)
     said = [explain_difference(row, df[df.arm==base].iloc[0], read_run(cells[base][0])['data']['valid']) for row in df.itertuples() if row.arm!=base]
     write_tables(root, cells, df)

@@ -159,7 +159,7 @@ class Resizer(nn.Module):
     def _keep_input(self, steps, x, after=noop):
         "`after(steps(x))`; with `recompute`, only `x` is kept for the backward pass"
         *layers,bn = steps
-        if not (self.recompute and _saves_memory() and _measures(bn)): return after(steps(x))
+        if not (self.recompute and _saves_memory() and _measures(bn) and x.numel()>x.shape[1]): return after(steps(x))   # one value has no variance, which the norm says better
         def run(x):
             for f in layers: x = f(x)
             y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)
@@ -198,7 +198,8 @@ class FusedResizer(nn.Module):
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # As of the `Resizer`
         _check_input(x, self.in_channels)
-        features = y = torch.addcmul(self.shift, self.resize(self.stem(x), size), self.scale)
+        y = self.resize(self.stem(x), size)
+        features = y = torch.addcmul(self.shift, y, self.scale).to(y.dtype)   # which is half under autocast
         for b in self.blocks: y = y + b(y)
         return self.out(features + self.merge(y)) + _skip(self, x, size)
 

@@ -6,8 +6,9 @@
 __all__ = ['plain_head', 'optimizers', 'schedules', 'recipe_learner', 'MetricsLog', 'Checkpoint', 'fit_steps', 'fit_recipe',
            'data_fingerprint', 'device_name', 'code_fingerprint', 'versions', 'multiply_adds', 'command_of',
            'describe_run', 'save_run', 'plot_curves', 'save_figure', 'save_pictures', 'run_pictures', 'read_run',
-           'finished_run', 'made_with', 'run_report', 'run_name', 'is_finished', 'changed_since', 'start_run',
-           'finish_run', 'only_process', 'check_options', 'keep_memory', 'train_run', 'resizer_train', 'load_run']
+           'started_run', 'finished_run', 'made_with', 'run_report', 'run_name', 'is_finished', 'changed_since',
+           'start_run', 'finish_run', 'only_process', 'check_options', 'keep_memory', 'train_run', 'resizer_train',
+           'load_run']
 
 # %% ../nbs/04_train.ipynb #66b62f42
 from fastai.vision.all import *
@@ -128,7 +129,7 @@ class Checkpoint(Callback):
         s,self.state = self.state,None
         if self.epoch:   # a new fit starts with a new average, and `unfreeze` with a new state of the optimizer
             self.learn.model.load_state_dict(s['model'])   # by now an average takes its own part
-            self.opt.load_state_dict(s['opt'])
+            self.opt.load_state_dict(to_device(s['opt'], self.dls.device))   # which fastai's would leave where they are
             vars(self.recorder.smooth_loss).update(s['smooth_loss'])
         if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
         set_random_states(**s['random'])
@@ -201,6 +202,11 @@ def device_name(
     cpu = getattr(torch.cpu, 'get_capabilities', dict)().get('cpu_name') or platform.machine()
     return f'{cpu}, {torch.get_num_threads()} threads'
 
+def _let_go():
+    "Free what earlier runs in this process have left: learners are cycles of references"
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
 def _reset_peak_memory(device):
     if device.type=='cuda': torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -208,9 +214,9 @@ def _reset_peak_memory(device):
         with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)   # glibc gives back what `keep_memory` kept
         with suppress(OSError): Path('/proc/self/clear_refs').write_text('5')   # Linux, where it is allowed: the peak starts anew
 
-def _peak_memory(device):
-    "Most bytes held since `_reset_peak_memory`: allocated on the GPU, or resident in this process; None where that cannot be told"
-    if device.type=='cuda': return torch.cuda.max_memory_allocated(device)
+def _peak_memory(dls):
+    "Most bytes held since `_reset_peak_memory`: allocated on the GPU, without cached images, or resident in this process; None where that cannot be told"
+    if dls.device.type=='cuda': return torch.cuda.max_memory_allocated(dls.device)-sum(o.images.nbytes for o in dls.loaders if torch.is_tensor(getattr(o, 'images', None)) and o.images.is_cuda)
     try: return 1024*int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
     except (OSError, TypeError): return None   # not Linux
 
@@ -361,6 +367,12 @@ def read_run(
     try: return json.loads((Path(path)/'run.json').read_text())
     except (OSError, ValueError): raise UsageError(f'{path} is no run of this project') from None
 
+def started_run(
+    path:Path, # Run folder
+) -> dict: # None where nothing has been started: no folder, or an empty one
+    "The `run.json` of a run that may be there"
+    return read_run(path) if path.exists() and not (path.is_dir() and not any(path.iterdir())) else None
+
 def finished_run(
     path:str|Path, # Run folder
 ) -> dict:
@@ -464,7 +476,7 @@ def finish_run(
     "Write what came out, and the report; remove the checkpoint"
     rows,start = learn.metrics_log.rows,time.perf_counter()
     with learn.no_bar(): interp = learn.interpret()
-    run['metrics'] = dict(rows[-1], seconds=round(sum(o['seconds'] for o in rows), 2), peak_memory=_peak_memory(learn.dls.device),
+    run['metrics'] = dict(rows[-1], seconds=round(sum(o['seconds'] for o in rows), 2), peak_memory=_peak_memory(learn.dls),
                           inference_images_per_second=round(run['data']['valid']/(time.perf_counter()-start), 2))
     save_run(learn, root, interp)
     _write_json(learn.path/'run.json', run)
@@ -526,21 +538,20 @@ def _recipe_options(args):
     if args.get('start'): options['start'] = args['start'].replace('{seed}', str(args['seed']))
     return options | dict(num_workers=args['workers'])
 
-def _run_or_none(path): return read_run(path) if path.exists() else None
-
 def train_run(
     path:Path, # Run folder
     args:dict, # Options of `resizer_train`
 ) -> Learner: # Trained
     "Train what `args` say, or go on with it; what is finished stays as it is"
-    before,root = _run_or_none(path),get_path(args['data'])
+    before,root = started_run(path),get_path(args['data'])
     if before and (changed := changed_since(before, args)): raise UsageError(f'{path} was started with {"; ".join(changed)}: give the run another --name, or remove that folder')
     if before and is_finished(path, before):
         print(f'{path}: finished before')
         return load_run(path)
+    _let_go()
     learn = recipe_learner(**_recipe_options(args), path=path, cbs=[MetricsLog(), Checkpoint(), Film()])
     with only_process(path):
-        if _run_or_none(path)!=before: raise UsageError(f'{path} has been started by another process')
+        if started_run(path)!=before: raise UsageError(f'{path} has been started by another process')
         run = start_run(learn, root, args, before)
         done = learn.checkpoint.load()
         if before: print(f'going on after {done} epochs', flush=True)

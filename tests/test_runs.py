@@ -1,5 +1,5 @@
 "Runs that are interrupted go on as if they had not been, and arms differ in nothing but the resizer."
-import json, os, platform, shutil, signal, subprocess, sys, time
+import gc, json, os, platform, shutil, signal, subprocess, sys, time, weakref
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, Optimizer, first, risinstance, set_seed
@@ -265,6 +265,26 @@ def test_the_peak_of_memory_is_that_of_the_run(tmp_path, no_pictures):
     large = peak(resizer='none', size=224, bs=20)
     if large is None: pytest.skip('this system does not tell')
     assert peak(resizer='bilinear') < large-200e6
+
+def test_a_run_begins_when_the_one_before_is_gone(tmp_path, no_pictures, monkeypatch):
+    "Or a GPU would hold the model and the images of both"
+    gc.disable()
+    try:
+        before = weakref.ref(resizer_train(**small, epochs=1, runs=tmp_path).model)
+        alive, make = [], train.recipe_learner
+        def recorded(*args, **kwargs):
+            alive.append(before() is not None)
+            return make(*args, **kwargs)
+        monkeypatch.setattr(train, 'recipe_learner', recorded)
+        resizer_train(**small, epochs=1, seed=1, runs=tmp_path)
+    finally: gc.enable()
+    assert alive == [False]
+
+def test_an_empty_folder_is_no_run(tmp_path, no_pictures):
+    "A power cut may have left one"
+    (tmp_path/'cells'/'sample-resnet18-bilinear-0').mkdir(parents=True)
+    path = compare.run_cell(tmp_path/'cells', **small | dict(resizer='bilinear', seed=0, epochs=1))
+    assert read_run(path)['metrics']['epoch'] == 0
 
 def test_parts_of_the_speed_are_turned_off(tmp_path, no_pictures):
     "Each by its option, which the command of the run tells"
