@@ -21,6 +21,7 @@ from .compare import markdown_rows
 from scipy.stats import linregress
 from torchvision import transforms
 from collections.abc import Callable
+from contextlib import contextmanager
 from json import dumps, loads
 from matplotlib.ticker import LogLocator
 from unittest import mock
@@ -234,17 +235,34 @@ def speed_ratios(
         if not {a,b}<=set(rounds[what]): return None
         return [round(float(o), 3) for o in _middle(np.divide(rounds[what][a], rounds[what][b]), '').values()]
     reference = lambda how: (f'reference, {how}','joint')
-    added = lambda way: memory[way,'joint']-memory[way,'body']
-    same = 'reference, autocast' if reference('autocast') in memory else 'reference, fp32'
+    same = reference('autocast' if reference('autocast') in memory else 'fp32')
+    added = [memory.get((o,'joint'), math.nan)-memory.get((o,'body'), math.nan) for o in (train[0],same[0])]
     return {'joint training step, times as fast as the reference in fp32': ratio('train', reference('fp32'), train),
             'joint training step, times as fast as the reference under autocast': ratio('train', reference('autocast'), train),
             'joint inference, times as fast as the reference in fp32': ratio('infer', reference('fp32'), infer),
             'joint training step over the body alone': ratio('train', train, _body(train[0])),
+            'joint training step over the body alone, of the reference': ratio('train', same, (same[0],'body')),
             'joint inference over the body alone': ratio('infer', infer, _body(infer[0])),
-            'memory that the resizer adds to a training step, over what the reference adds': [round(added(train[0])/added(same), 3), 0.]}
+            'joint inference over the body alone, of the reference': ratio('infer', same, (same[0],'body')),
+            'memory that the resizer adds to a training step, over what the reference adds': None if math.isnan(sum(added)) else [round(added[0]/added[1], 3), 0.]}
 
 # %% ../nbs/07_bench.ipynb #0e40735d
 def _records(df): return loads(df.to_json(orient='records'))
+
+@contextmanager
+def _cold_compiler():
+    "Compile as if for the first time on this machine"
+    with tempfile.TemporaryDirectory() as tmp, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=tmp): yield
+
+def _takes(cell):
+    "Whether a network takes images of that size"
+    try: cell.infer(1)
+    except (AssertionError, RuntimeError, ValueError) as e: return warn(f'{cell.kind} is left out: {e}')
+    return True
+
+def _memory_or_nan(cell, bs):
+    try: return step_memory(cell, bs)
+    except ValueError: return math.nan   # a norm does without one image
 
 def bench_model(
     arch:str='resnet50', # As for `get_body`
@@ -261,11 +279,12 @@ def bench_model(
     if error: warn(f'compiled networks are left out: {error}')
     ways = [o for o in ways if (compile and not error or not o.compiled) and not (o.reference and o.half and pick_precision(device=device)=='fp32')]
     cells = {(w.name,k): Cell(w, k, arch, size, out, bs, device) for w in ways for k in (['joint'] if w.fused else ['body','joint','direct'] if w.name=='ours' else ['body','joint'])}
+    cells = {k: c for k,c in cells.items() if k[1]!='direct' or _takes(c)}
     trained = {k: c for k,c in cells.items() if not c.way.fused}
     timed = dict(train={k: c.train for k,c in trained.items()}, infer={k: c.infer for k,c in cells.items()}, infer_1={k: partial(c.infer, 1) for k,c in cells.items()})
-    with torch._dynamo.config.patch(recompile_limit=64):   # the networks share code
+    with torch._dynamo.config.patch(recompile_limit=64), _cold_compiler():   # the networks share code
         times = {what: take_turns(fs, device, rounds) for what,fs in timed.items()}
-        memory = {k: {n: step_memory(c, n) for n in dict.fromkeys((bs,1))} for k,c in trained.items()}
+        memory = {k: {n: _memory_or_nan(c, n) for n in dict.fromkeys((bs,1))} for k,c in trained.items()}
     later = {what: {k: 1000*np.array(o[1:]) for k,o in ts.items()} for what,ts in times.items()}
     def row(k):
         r = dict(way=k[0], kind=k[1])
@@ -351,7 +370,8 @@ def bench_scaling(
     ways = {'body':(speed_ways[2],'body'), 'with the resizer':(speed_ways[2],'joint'), 'with the reference':(speed_ways[0],'joint')}
     cells = {(k,s,b): Cell(*o, arch, s, s//2, b, device) for k,o in ways.items() for s,b in dict.fromkeys([(s,bs) for s in sizes] + [(size,b) for b in batches])}
     times = take_turns({k: c.train for k,c in cells.items()}, device, rounds)
-    return pd.DataFrame([dict(network=k, size=s, bs=b) | _middle(1000*np.array(times[k,s,b][1:]), 'train') for k,s,b in cells])
+    later = {k: 1000*np.array(o[1:]) for k,o in times.items()}
+    return pd.DataFrame([dict(network=k, size=s, bs=b) | _middle(later[k,s,b], 'train') | _middle(later[k,s,b]/later['body',s,b], 'over_body') for k,s,b in cells])
 
 def exponent(
     x, # Above 0, such as pixels
@@ -393,8 +413,8 @@ def scaling_table(
     res = []
     for label,rows,fixed in _series(df):
         at = rows.pivot(index='x', columns='network', values='train').reindex(columns=rows.network.unique())
-        names = rows.drop_duplicates('x')
-        cells = [[f'{s} -> {s//2}, batch {b}', *[f'{v/b:.1f}' for v in at.loc[x]], f'{at.loc[x].iloc[1]/at.loc[x].iloc[0]:.2f}'] for s,b,x in zip(names['size'], names.bs, names.x)]
+        ours = rows[rows.network=='with the resizer']
+        cells = [[f'{r["size"]} -> {r["size"]//2}, batch {r.bs}', *[f'{v/r.bs:.1f}' for v in at.loc[r.x]], _with_spread(r, 'over_body', '.2f')] for _,r in ours.iterrows()]
         fits = ['exponent of a step', *['{:.2f} ± {:.2f}'.format(*exponent(at.index, at[k])) for k in at], '']
         res.append(markdown_rows([[f'ms an image, training ({fixed})', *at, 'over the body'], *cells, fits]))
     return '\n\n'.join(res)
@@ -571,7 +591,7 @@ def check_bench(
     what:str, # One of `benches`
     options:dict, # Of its function
 ):
-    "Raise `UsageError` about an option that makes no sense"
+    "Raise `UsageError` about an option that makes no sense, or a body that does not train"
     least = dict(bs=1, rounds=1, workers=0, epochs=2 if what=='data' else 1, limit=1)
     for k,n in least.items():
         if (v := options.get(k)) is not None and v<n: raise UsageError(f'{k} is {n} or more: got {v}')
@@ -580,6 +600,9 @@ def check_bench(
     if 'arch' in options:
         try: get_body(options['arch'])
         except ValueError as e: raise UsageError(e) from None
+        out = options['out'] if 'out' in options else options['size']//2
+        try: Cell(Way('', half=True), 'body', options['arch'], out, out, 2, default_device()).train()
+        except Exception as e: raise UsageError(f'no training step of {options["arch"]} at {out} pixels: {e}') from e
 
 @cli_command
 def resizer_bench(

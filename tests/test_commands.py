@@ -168,10 +168,19 @@ def test_bench_of_the_parts(shell, tmp_path):
     assert {'', 'again', 'channels_last', 'recomputation', 'fused optimizer', 'activations in place', 'halving by means'} <= set(df.index)
     assert df.memory_2['recomputation'] > 1.2*df.memory_2[''] == 1.2*df.memory_2['again']
 
+def test_bench_leaves_out_what_a_body_cannot_do():
+    "A transformer of one size at another one, a step of BatchNorm on one image and one pixel"
+    import math
+    from resizer_fastai.bench import bench_model, speed_ways
+    with pytest.warns(UserWarning, match='direct is left out: Wrong image height'): df = bench_model('vit_b_32', 448, 224, bs=2, rounds=1, compile=False, ways=speed_ways[2:3])
+    assert df.kind.tolist() == ['body', 'joint']
+    df = bench_model('resnet18', 64, 32, bs=2, rounds=1, compile=False, ways=speed_ways[2:3])
+    assert df.memory_1.map(math.isnan).tolist() == [True, True, False] and (df.memory_2 > 0).all()
+
 def test_bench_of_epochs(shell):
     "Epochs over the data beside epochs of one batch"
     res = shell('resizer_bench', 'epochs', '--data', 'sample', '--arch', 'resnet18', '--size', 64, '--out', 32, '--bs', 8, '--limit', 40, '--workers', 0, '--epochs', 1, '--cache', 'ram')
     assert res.returncode == 0 and '| median |' in res.stdout, res.stderr
 
-@pytest.mark.parametrize('args,says', [(['speed'], 'what is model or parts or'), (['--bs', 0], '1 or more'), (['epochs', '--cache', 'tape'], 'cache is'), (['parts', '--rounds', 0], '1 or more'), (['scaling', '--size', '448x336'], 'one number'), (['scaling', '--out', 112, '--workers', 1], 'out and workers are not for scaling'), (['data', '--no-compile'], 'compile is not for data'), (['--arch', 'resnet5'], 'no body'), (['data', '--epochs', 1], '2 or more')])
+@pytest.mark.parametrize('args,says', [(['speed'], 'what is model or parts or'), (['--bs', 0], '1 or more'), (['epochs', '--cache', 'tape'], 'cache is'), (['parts', '--rounds', 0], '1 or more'), (['scaling', '--size', '448x336'], 'one number'), (['scaling', '--out', 112, '--workers', 1], 'out and workers are not for scaling'), (['data', '--no-compile'], 'compile is not for data'), (['--arch', 'resnet5'], 'no body'), (['--arch', 'vit_b_32', '--size', 192, '--out', 96], 'no training step of vit_b_32 at 96 pixels: Wrong image height'), (['data', '--epochs', 1], '2 or more')])
 def test_bench_usage(shell, args, says): check_one_sentence(shell('resizer_bench', *args), 2, says)
