@@ -53,7 +53,8 @@ speed_ways = [Way('reference, fp32', reference=True), Way('reference, autocast',
 
 # %% ../nbs/07_bench.ipynb #974fb8e7
 speed_parts = {'half precision':'--precision fp32', 'channels_last':'--no-channels_last', 'recomputation':'--resizer learned+recompute=0', 'fused optimizer':'--opt adam',
-               'activations in place':'--resizer learned+inplace=0', 'halving by means':'--resizer learned+halve=0', 'kept memory':'--no-keep_memory'}   # and how `resizer_train` leaves it out
+               'activations in place':'--resizer learned+inplace=0', 'halving by means':'--resizer learned+halve=0',
+               'sub-pixel convolution':'--resizer learned+subpixel=0', 'kept memory':'--no-keep_memory'}   # and how `resizer_train` leaves it out
 
 def _resizer_args(part):
     "What the option that leaves out `part` says of the resizer"
@@ -336,7 +337,8 @@ def bench_parts(
     "Time training and inference with the resizer, each time with one part of `speed_parts` left out"
     device = default_device()
     half = [2*o for o in _hw(out)]==list(_hw(size))
-    useless = [k for k,o in {'half precision': pick_precision(device=device)=='fp32', 'halving by means': not half, 'kept memory': device.type!='cpu'}.items() if o]
+    useless = [k for k,o in {'half precision': pick_precision(device=device)=='fp32', 'halving by means': not half,
+                                'sub-pixel convolution': any(o%2 for o in _hw(out)), 'kept memory': device.type!='cpu'}.items() if o]
     cells = {p: Cell(Way(p, half=True, without=p), 'joint', arch, size, out, bs, device) for p in ('','again',*speed_parts) if p not in useless}
     rows = {p: dict(without=p) for p in cells}
     for what in ('train','infer'):

@@ -238,13 +238,22 @@ def versions(
 # %% ../nbs/04_train.ipynb #87bcb242
 def _said(v): return 'x'.join(map(str, v)) if is_listy(v) else str(v)
 
+@contextmanager
+def _as_drawn(module):
+    "Compute the convolutions of `module` as they are written down"
+    convs = [m for m in module.modules() if getattr(m, 'subpixel', False) is True]
+    for m in convs: m.subpixel = False
+    try: yield
+    finally:
+        for m in convs: m.subpixel = True
+
 def multiply_adds(
     module:nn.Module,
     shape:tuple, # Of one image, (C, H, W)
 ) -> int:
-    "Multiply-adds of a forward pass over one image, in convolutions and matrix products"
+    "Multiply-adds of a forward pass over one image, in convolutions and matrix products as they are written down"
     like = first(itertools.chain(module.parameters(), [torch.zeros(())]))
-    with FlopCounterMode(display=False) as count, torch.no_grad(), evaluating(module): module(torch.zeros(1, *shape, device=like.device))
+    with FlopCounterMode(display=False) as count, torch.no_grad(), evaluating(module), _as_drawn(module): module(torch.zeros(1, *shape, device=like.device))
     return count.get_total_flops()//2
 
 _on_by_default = ('channels_last','keep_memory')   # of the options that are yes or no

@@ -177,7 +177,7 @@ def listing(root): return {f: (f.lstat().st_size, f.lstat().st_mtime_ns) for f i
 
 def test_bad_files_stop_nothing_and_are_named(messy, shell, tmp_path):
     before = listing(messy)
-    res = shell('resizer_train', '--data', messy, '--arch', 'resnet18', '--size', '32x48', '--out', 16, '--resize', 'crop', '--epochs', 1,
+    res = shell('resizer_train', '--data', messy, '--arch', 'resnet18', '--size', '64x96', '--out', 32, '--resize', 'crop', '--epochs', 1,
                 '--bs', 4, '--workers', 2, '--cache', 'disk', '--name', 'run')
     assert res.returncode == 0, res.stderr
     assert 'note: 3 of 24 images cannot be read and are left out' in res.stdout
@@ -221,7 +221,7 @@ def test_runs_do_not_go_into_the_data(messy, shell):
 def test_names_that_are_no_text_are_trained_on(messy, shell, tmp_path):
     try: os.rename(messy/'train'/'cat'/'0.png', os.fsencode(messy/'train'/'cat')+b'/\xff.png')
     except OSError: pytest.skip('this file system wants text')
-    res = shell('resizer_train', '--data', messy, '--arch', 'resnet18', '--size', 32, '--out', 16, '--epochs', 1, '--bs', 4, '--workers', 0, '--cache', 'disk', '--name', 'run')
+    res = shell('resizer_train', '--data', messy, '--arch', 'resnet18', '--size', 64, '--out', 32, '--epochs', 1, '--bs', 4, '--workers', 0, '--cache', 'disk', '--name', 'run')
     assert res.returncode == 0, res.stderr
     assert (tmp_path/'runs'/'run'/'preds.npz').exists()
 

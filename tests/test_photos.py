@@ -8,7 +8,7 @@ from resizer_fastai.learner import ResizerClassifier
 from resizer_fastai.train import resizer_train
 
 def test_photos_train_and_come_back(photos, tmp_path):
-    learn = resizer_train(data='imagewoof-320', limit=20, arch='resnet18', size=96, out=48, epochs=1, bs=10, workers=0, runs=tmp_path)
+    learn = resizer_train(data='imagewoof-320', limit=20, arch='resnet18', size=96, out=48, epochs=1, bs=10, workers=0, precision='fp32', runs=tmp_path)
     assert set(learn.dls.vocab) <= set(wordnet_names.values()) and len(learn.dls.vocab) == 10
     model = ResizerClassifier.from_pretrained(learn.path/'model')
     preds = np.load(learn.path/'preds.npz')

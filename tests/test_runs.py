@@ -10,7 +10,7 @@ from resizer_fastai.learner import FiniteLoss, FusedAdamW, ResizerClassifier
 from resizer_fastai.show import Film, resized_views
 from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, read_run, recipe_learner, resizer_train
 
-small = dict(data='sample', limit=20, arch='resnet18', size=32, out=16, bs=10, workers=0)
+small = dict(data='sample', limit=20, arch='resnet18', size=64, out=32, bs=10, workers=0)
 exact = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'lr']
 
 def metrics(path): return pd.read_csv(path/'metrics.csv')[exact].values.tolist()
@@ -53,7 +53,7 @@ class Stop(Callback):
         if self.training and len(self.metrics_log.rows) == self.at: raise KeyboardInterrupt
 
 def learner(path, *cbs, **kwargs):
-    learn = recipe_learner('sample', 'resnet18', size=32, out=16, limit=20, bs=10, num_workers=0, path=path, cbs=[MetricsLog(), Checkpoint(), Film(n=1), *cbs], **kwargs)
+    learn = recipe_learner('sample', 'resnet18', size=64, out=32, limit=20, bs=10, num_workers=0, path=path, cbs=[MetricsLog(), Checkpoint(), Film(n=1), *cbs], **kwargs)
     path.mkdir(exist_ok=True)
     return learn
 
@@ -152,7 +152,7 @@ def test_arms_with_arguments(tmp_path, no_pictures):
 def made(arm):
     "The model of an arm and its batches in two epochs"
     o = compare.cell_options(arm, 5)
-    learn = recipe_learner('sample', 'resnet18', o['resizer'], size=32, out=16, seed=o['seed'], limit=20, bs=10, num_workers=0)
+    learn = recipe_learner('sample', 'resnet18', o['resizer'], size=64, out=32, seed=o['seed'], limit=20, bs=10, num_workers=0)
     set_seed(o['seed'])
     return learn.model, [b for _ in range(2) for b in learn.dls.train]
 
@@ -289,9 +289,9 @@ def test_an_empty_folder_is_no_run(tmp_path, no_pictures):
 def test_parts_of_the_speed_are_turned_off(tmp_path, no_pictures):
     "Each by its option, which the command of the run tells"
     learn = resizer_train(**small, epochs=1, runs=tmp_path, channels_last=False, keep_memory=False, opt='adam',
-                          resizer='learned+recompute=0+inplace=0+halve=0')
+                          resizer='learned+recompute=0+inplace=0+halve=0+subpixel=0')
     resizer = learn.model.resizer
-    assert not (resizer.recompute or resizer.resize.halve or any(m.inplace for m in resizer.modules() if isinstance(m, torch.nn.LeakyReLU)))
+    assert not (resizer.recompute or resizer.resize.halve or resizer.out.subpixel or any(m.inplace for m in resizer.modules() if isinstance(m, torch.nn.LeakyReLU)))
     assert learn.model.body[0].weight.is_contiguous() and type(learn.opt) is Optimizer
     command = read_run(learn.path)['command']
     for o in ('--no-channels_last', '--no-keep_memory', '--opt adam'): assert o in command

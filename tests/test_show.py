@@ -265,7 +265,7 @@ def test_a_class_may_be_called_anything(tmp_path):
     "Dollars are no formula, and mark-up is text"
     names = ['$cash$', 'a_$^{$', '<b>&amp;', os.fsdecode(b'bad\xff'), 'x'*100]
     make_images(tmp_path/'data', [f'{c}/{i}.png' for c in names for i in range(8)])
-    learn = resizer_train(data=tmp_path/'data', valid_pct=0.5, arch='resnet18', size=32, out=16, epochs=1, bs=4, workers=0, runs=tmp_path)
+    learn = resizer_train(data=tmp_path/'data', valid_pct=0.5, arch='resnet18', size=64, out=32, epochs=1, bs=4, workers=0, runs=tmp_path)
     assert sorted(o.get_ylabel() for o in learn.show_resized().axes[:30:6]) == sorted([*names[:3], 'bad\ufffd', 'x'*27 + '…'])
     html = (learn.path/'report.html').read_text()
     assert '&lt;b&gt;&amp;amp;' in html and '<b>&' not in html
@@ -273,7 +273,7 @@ def test_a_class_may_be_called_anything(tmp_path):
     assert all(re.findall(r'<img [^>]*alt="([^"]*)"', html)) and html.count('<img') >= 7
 
 def test_a_report_is_made_of_what_lies_in_the_folder(tmp_path):
-    learn = resizer_train(data='sample', limit=20, arch='resnet18', size=32, out=16, epochs=1, bs=10, workers=0, runs=tmp_path)
+    learn = resizer_train(data='sample', limit=20, arch='resnet18', size=64, out=32, epochs=1, bs=10, workers=0, runs=tmp_path)
     html = (learn.path/'report.html').read_text()
     run = json.loads((learn.path/'run.json').read_text())
     for o in (run['command'], run['data']['fingerprint'], run['versions']['torch'], f'{run["parameters"]["resizer"]:,}', f'{100*run["metrics"]["accuracy"]:.2f} %'): assert o in html
@@ -296,7 +296,7 @@ def test_a_report_is_made_of_what_lies_in_the_folder(tmp_path):
 
 def test_a_run_that_is_taken_up_again_sees_what_it_saw(tmp_path):
     "Predictions are the run's, with the statistics that stand beside its model, and all pictures can be drawn"
-    path = resizer_train(data='sample', limit=20, arch='resnet18', resizer='bilinear', size=32, out=16, epochs=1, bs=10, workers=0, runs=tmp_path).path
+    path = resizer_train(data='sample', limit=20, arch='resnet18', resizer='bilinear', size=64, out=32, epochs=1, bs=10, workers=0, precision='fp32', runs=tmp_path).path
     config = json.loads((path/'model'/'config.json').read_text())
     (path/'model'/'config.json').write_text(json.dumps(config | dict(mean=[0.5]*3, std=[0.25]*3)))
     learn = load_run(path)
