@@ -215,12 +215,13 @@ def write_tables(
     root:Path, # Folder of the comparison
     cells:dict, # Arm -> folders of its runs, in the order of the seeds
     df:pd.DataFrame, # From `results_table`
+    said:list, # Sentences about its differences
 ):
     "Write `table.csv` (a row an arm), `runs.csv` (a row a run), and `table.md` for people"
     df.to_csv(root/'table.csv', index=False)
     runs_table(cells).to_csv(root/'runs.csv', index=False)
     commands = ' and '.join(f'`{o}`' for o in _commands(cells))
-    (root/'table.md').write_text(f'{markdown_table(df)}\n\n{commands} on {_source_line(cells)}\n')
+    (root/'table.md').write_text('\n\n'.join([markdown_table(df), *(['\n'.join(f'- {o}' for o in said)] if said else []), f'{commands} on {_source_line(cells)}'])+'\n')
 
 # %% ../nbs/05_compare.ipynb #061f9d7e
 def explain_difference(
@@ -407,7 +408,7 @@ def resizer_compare(
         for arm,o in wanted: cells[arm].append(run_cell(root, **o))
     df = results_table(cells, base)
     said = [explain_difference(row, df[df.arm==base].iloc[0], read_run(cells[base][0])['data']['valid']) for row in df.itertuples() if row.arm!=base]
-    write_tables(root, cells, df)
+    write_tables(root, cells, df, said)
     report = comparison_report(root, cells, df, base, said)
     print('\n'.join(['', markdown_table(df), '', *said, f'report: {report}']))
     return df

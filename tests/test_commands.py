@@ -104,7 +104,7 @@ def test_compare_ends_with_table_sentence_and_picture(shell, tmp_path):
     assert sentence.startswith('learned is') and '95 % interval' in sentence
     assert (tmp_path/report.removeprefix('report: ')).read_text().startswith('<!DOCTYPE html>')
     table = (tmp_path/'runs'/'compare-sample-resnet18'/'table.md').read_text()
-    assert table.split('\n\n')[0] in res.stdout and '`resizer_compare --arms bilinear,learned --seeds 0 --data sample' in table
+    assert table.split('\n\n')[0] in res.stdout and f'\n- {sentence}\n' in table and '`resizer_compare --arms bilinear,learned --seeds 0 --data sample' in table
     again = shell(*compare)
     assert again.returncode == 0 and again.stdout.count('finished before') == 2
     check_one_sentence(shell('resizer_compare', '--arms', 'bilinear,lanczos'), 2, 'no resizer lanczos')
