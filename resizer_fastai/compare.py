@@ -221,7 +221,7 @@ def write_tables(
     df.to_csv(root/'table.csv', index=False)
     runs_table(cells).to_csv(root/'runs.csv', index=False)
     commands = ' and '.join(f'`{o}`' for o in _commands(cells))
-    (root/'table.md').write_text('\n\n'.join([markdown_table(df), *(['\n'.join(f'- {o}' for o in said)] if said else []), f'{commands} on {_source_line(cells)}'])+'\n')
+    (root/'table.md').write_text('\n\n'.join(filter(None, [markdown_table(df), '\n'.join(f'- {o}' for o in said), f'{commands} on {_source_line(cells)}']))+'\n')
 
 # %% ../nbs/05_compare.ipynb #061f9d7e
 def explain_difference(

@@ -125,13 +125,14 @@ def _skip(resizer, x, size):
 
 # %% ../nbs/01_resizer.ipynb #815cabec
 class SubpixelConv2d(nn.Conv2d):
-    "A convolution with stride 1 to few channels that computes 2x2 pixels at a time; the same up to rounding"
+    "A convolution that keeps height and width and computes 2x2 pixels at a time; the same up to rounding"
     def __init__(self,
-        *args, # As for `nn.Conv2d`
-        subpixel:bool=True, # Compute it so, where height and width are even and there are at most four channels to compute
-        **kwargs
+        in_channels:int, # Channels that come in
+        out_channels:int, # Channels that go out
+        kernel_size:int, # An odd number of pixels
+        subpixel:bool=True, # Compute it so, where height and width are even and at most four channels go out
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size//2)
         self.subpixel = subpixel
 
     def forward(self, x):
@@ -171,7 +172,7 @@ class Resizer(nn.Module):
                                   nn.Conv2d(n, n, 1), _leaky(negative_slope, inplace), norms[norm](n))
         self.blocks = nn.Sequential(*[ResidualBlock(n, negative_slope, norm, inplace) for _ in range(num_resblocks)])
         self.merge = nn.Sequential(*_conv_norm(n, norm))
-        self.out = SubpixelConv2d(n, out_channels, 7, padding=3, subpixel=subpixel)
+        self.out = SubpixelConv2d(n, out_channels, 7, subpixel)
         self.skip = nn.PixelUnshuffle(k) if skip_mode=='unshuffle' else nn.Identity() if in_channels==out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
         if zero_init: nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
