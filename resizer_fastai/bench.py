@@ -169,16 +169,17 @@ def _moved(module, x):
 
 # %% ../nbs/07_bench.ipynb #c0d0d9d5
 class _Stage(nn.Module):
-    "A part of a model that is not one of its modules"
-    def __init__(self, module, run):
+    "A part of a model: one function for training, one for inference"
+    def __init__(self, module, train, infer):
         super().__init__()
-        self.module,self.run = module,run
-    def forward(self, x): return self.run(x)
+        self.module,self.runs = module,{True: train, False: infer}
+    def forward(self, x): return self.runs[self.training](x)
 
 def _stages(arch, out):
     r = Resizer(out)
-    return {'stem and resize': _Stage(r.stem, lambda x: r._keep_input(r.stem, x, r.resize)), **{f'block {i}': b for i,b in enumerate(r.blocks)},
-            'merge': _Stage(r.merge, partial(r._keep_input, r.merge)), 'last convolution': r.out, 'body': get_body(arch)()}
+    blocks = {f'block {i}': _Stage(b, lambda x,b=b: b._lean(x, lambda: x)[0], b) for i,b in enumerate(r.blocks)}
+    return {'stem and resize': _Stage(nn.ModuleList([r.stem, r.resize]), lambda x: r._features(x)[0], lambda x: r.resize(r.stem(x))), **blocks,
+            'merge': _Stage(r.merge, lambda x: r._merged(x, lambda: x, x, lambda: x)[0], lambda x: x+r.merge(x)), 'last convolution': r.out, 'body': get_body(arch)()}
 
 def _stage_steps(stage, x, dtype):
     "Training and inference of a stage"

@@ -11,11 +11,13 @@ __all__ = ['interpolate_modes', 'norms', 'resizer_names', 'FixedResizer', 'Resid
 import inspect, json, math, torch, torch.nn.functional as F
 from copy import deepcopy
 from fastcore.basics import noop, store_attr
-from functools import partial
+from functools import cache
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_safetensors, save_model as save_safetensors
 from torch import nn, Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -41,16 +43,20 @@ def _check_input(x, channels=None):
     if channels not in (None, x.shape[1]): raise ValueError(f'this resizer takes {channels} channels: got {x.shape[1]}, in a batch of shape {tuple(x.shape)}')
 
 # %% ../nbs/01_resizer.ipynb #3ead5613
-class _Halve(torch.autograd.Function):
-    "Means of 2x2 pixels, of which the backward pass needs nothing"
+def _mean_2x2(x):
+    "Means of 2x2 pixels; for a CPU as a convolution, which is several times as fast there as pooling"
+    if x.device.type!='cpu' or x.dtype not in (torch.float32,torch.bfloat16) or torch.jit.is_tracing() or torch.compiler.is_compiling(): return F.avg_pool2d(x, 2)
+    C = x.shape[1]
+    with torch.autocast('cpu', enabled=False): return F.conv2d(x, x.new_full((C,1,2,2), 0.25), stride=2, groups=C)
+
+class _Halve(Function):
+    "`_mean_2x2`, of which the backward pass needs nothing"
     @staticmethod
-    def forward(ctx, x): return F.avg_pool2d(x, 2)
+    def forward(ctx, x): return _mean_2x2(x)
     @staticmethod
     def backward(ctx, g): return F.interpolate(g/4, scale_factor=2., mode='nearest')
 
-def _saves_memory(): return torch.is_grad_enabled() and not torch.jit.is_tracing()   # a trace, as TensorBoard draws it, wants plain layers
-
-def _halve(x): return _Halve.apply(x) if x.requires_grad and _saves_memory() else F.avg_pool2d(x, 2)
+def _halve(x): return _Halve.apply(x) if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing() else _mean_2x2(x)   # a trace, as TensorBoard draws it, wants plain layers
 
 # %% ../nbs/01_resizer.ipynb #9afca9f3
 class FixedResizer(nn.Module):
@@ -80,6 +86,84 @@ class FixedResizer(nn.Module):
     def extra_repr(self): return f'{self.size}, {self.interpolate_mode!r}, antialias={self.antialias}'
 
 # %% ../nbs/01_resizer.ipynb #2ff71f03
+def _recipe(x, make):
+    "`make`, for the backward pass: it runs once, under autocast as it is now, where `x` is"
+    t = x.device.type
+    autocast = torch.autocast(t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t))
+    @cache
+    def run():
+        with torch.no_grad(), autocast: return make()
+    return run
+
+def _keeping(recipe, x, f):
+    "`f(x)`, which keeps for the backward pass the `recipe` of `x` in place of `x`"
+    at = x.data_ptr()
+    with saved_tensors_hooks(lambda t: recipe if t.data_ptr()==at else t, lambda o: o() if callable(o) else o): return f(x)
+
+# %% ../nbs/01_resizer.ipynb #82a94f78
+def _wide(*xs):
+    "How many neighbours in a row are given as channels, and maps seen that way"
+    k = math.gcd(xs[0].shape[3], 8) if xs[0].device.type=='cpu' and all(x.is_contiguous(memory_format=torch.channels_last) for x in xs) else 1
+    return k, *[_pixels_to_channels(x, k) for x in xs]
+
+def _pixels_to_channels(x, k): return x.permute(0,2,3,1).unflatten(2, (-1,k)).flatten(3).permute(0,3,1,2)
+def _channels_to_pixels(x, k): return x.permute(0,2,3,1).unflatten(3, (k,-1)).flatten(2, 3).permute(0,3,1,2)
+
+class _Moments(Function):
+    "Mean and variance of each channel of a batch"
+    @staticmethod
+    def forward(ctx, x):
+        k,y = _wide(x)
+        unused = torch.zeros(2, y.shape[1], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        means,variances = [o.view(k,-1) for o in torch.batch_norm_update_stats(y, *unused, 1.)]
+        mean = means.mean(0)
+        ctx.save_for_backward(x, mean)
+        return mean, variances.mean(0)+(means-mean).square().mean(0)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_mean, g_var):
+        x,mean = ctx.saved_tensors
+        n = x.numel()/x.shape[1]
+        return F.batch_norm(x, mean, torch.ones_like(mean), 2*g_var/n, g_mean/n, eps=0.)   # a product and a sum for each channel
+
+class _Normalise(Function):
+    "What a BatchNorm does with moments"
+    @staticmethod
+    def forward(ctx, x, mean, var, weight, bias, eps):
+        ctx.save_for_backward(x, mean, var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x,mean,var,weight = ctx.saved_tensors
+        k,*maps = _wide(g, x)
+        gx,gw,gb = torch.ops.aten.native_batch_norm_backward(*maps, *[o.repeat(k) for o in (weight,mean,var)], None, None, False, ctx.eps, [True]*3)
+        gw,gb,rstd = gw.view(k,-1).sum(0),gb.view(k,-1).sum(0),(var+ctx.eps).rsqrt()
+        return _channels_to_pixels(gx, k), -gb*weight*rstd, -gw*weight*rstd**2/2, gw, gb, None
+
+# %% ../nbs/01_resizer.ipynb #7d35faa5
+def _measures(norm):
+    "Whether `norm` takes the statistics of its batch, and nobody listens to it"
+    return type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.affine and not norm._forward_hooks
+
+@torch.no_grad()
+def _track(bn, mean, var, n):
+    "Running statistics as BatchNorm keeps them, from the moments of a batch of `n` values"
+    bn.num_batches_tracked.add_(1)
+    share = 1/bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean.to(bn.running_mean), share)   # a compiled one rounds it
+    bn.running_var.lerp_((var*n/(n-1)).to(bn.running_var), share)
+
+class _Measured:
+    "A BatchNorm that has measured `x`, to normalise maps with"
+    def __init__(self, bn, x):
+        self.bn = bn
+        self.mean,self.var = _Moments.apply(x)
+        _track(bn, self.mean, self.var, x.numel()/x.shape[1])
+    def __call__(self, x): return _Normalise.apply(x, self.mean, self.var, self.bn.weight, self.bn.bias, self.bn.eps)
+
+# %% ../nbs/01_resizer.ipynb #d25cac99
 norms = dict(batch=nn.BatchNorm2d, group=lambda n: nn.GroupNorm(math.gcd(4, n), n), none=lambda n: nn.Identity())
 
 def _conv_norm(n, norm):
@@ -103,19 +187,16 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x): return x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
 
-# %% ../nbs/01_resizer.ipynb #81bf5851
-def _measures(norm):
-    "Whether `norm` takes the statistics of its batch, and nobody listens to it"
-    return type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.affine and not norm._forward_hooks
+    def _lean(self, x, recipe):
+        "The same of `x`, whose `recipe` is kept; and the recipe of what comes out"
+        u = _keeping(recipe, x, self.conv1)
+        bn1 = _Measured(self.bn1, u)
+        hidden = _recipe(u, lambda: self.act(bn1(u)))
+        v = _keeping(hidden, _keeping(hidden, bn1(u), self.act), self.conv2)
+        bn2 = _Measured(self.bn2, v)
+        return x + bn2(v), _recipe(v, lambda: recipe()+bn2(v))
 
-def _track(bn, mean, rstd, n):
-    "Running statistics as BatchNorm keeps them, from those of a batch of `n` values"
-    bn.num_batches_tracked.add_(1)
-    share = 1/bn.num_batches_tracked.item() if bn.momentum is None else bn.momentum
-    mean,rstd = mean.to(bn.running_mean),rstd.to(bn.running_var)   # which a compiled one rounds
-    bn.running_mean.lerp_(mean, share)
-    bn.running_var.lerp_((rstd**-2-bn.eps)*n/(n-1), share)
-
+# %% ../nbs/01_resizer.ipynb #e07780d1
 def _skip(resizer, x, size):
     "What the detail is added to"
     if resizer.skip_mode=='resize': return resizer.skip(resizer.resize(x, size))
@@ -155,7 +236,7 @@ class Resizer(nn.Module):
         antialias:bool=False, # Antialias both resizes; for bilinear and bicubic
         zero_init:bool=False, # Start the last convolution at zero, so that training starts from the plain resize
         norm:str='batch', # 'batch' as in the paper; 'group' (of 4 groups) and 'none' keep no running statistics
-        recompute:bool=True, # In the backward pass, compute again what lies inside the stem and the merging convolution instead of keeping it; the same result in less memory
+        recompute:bool=True, # In the backward pass, make maps again that are a norm, an activation, a sum or the stem's second convolution away from a kept one; the same result in less memory
         skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
         inplace:bool=True, # Activations overwrite what comes in; the same result in less memory
         halve:bool=True, # As for `FixedResizer`, in both resizes
@@ -176,25 +257,62 @@ class Resizer(nn.Module):
         self.skip = nn.PixelUnshuffle(k) if skip_mode=='unshuffle' else nn.Identity() if in_channels==out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
         if zero_init: nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
-    def _keep_input(self, steps, x, after=noop):
-        "`after(steps(x))`; with `recompute`, only `x` is kept for the backward pass"
-        *layers,bn = steps
-        if not (self.recompute and _saves_memory() and _measures(bn) and x.numel()>x.shape[1]): return after(steps(x))   # one value has no variance, which the norm says better
-        def run(x):
-            for f in layers: x = f(x)
-            y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)
-            return after(y), mean, rstd, x.numel()//x.shape[1]
-        y,mean,rstd,n = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-        _track(bn, mean.detach(), rstd.detach(), n)
-        return y
+    def _recomputes(self, x, size):
+        "Whether maps are made again in the backward pass"
+        if len(x)*min(math.prod(x.shape[-2:]), math.prod(self.size if size is None else _check_size(size)))<2: return False   # one value has no variance, which the norm says better
+        norms = [self.stem[-1], *[n for b in self.blocks for n in (b.bn1,b.bn2)], self.merge[-1]]
+        return self.recompute and self.negative_slope>0 and torch.is_grad_enabled() and not torch.jit.is_tracing() and all(map(_measures, norms))
+
+    def _features(self, x, size=None):
+        "The small map of the stem, and its recipe"
+        conv1,act1,conv2,act2,bn = self.stem
+        t = x.device.type
+        dtype = torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) else x.dtype
+        u = act1(_keeping(lambda: x.to(dtype), x.to(dtype), conv1))
+        hidden = _recipe(u, lambda: act2(conv2(u)))
+        large = _keeping(hidden, conv2(u), act2)
+        norm,small = _keeping(hidden, large, lambda x: (_Measured(bn, x), self.resize(x, size)))
+        return norm(small), _recipe(small, lambda: norm(small))
+
+    def _merged(self, x, recipe, features, recipe_of_features):
+        "What the blocks made, merged with what they were given, and its recipe"
+        u = _keeping(recipe, x, self.merge[0])
+        norm = _Measured(self.merge[1], u)
+        return features+norm(u), _recipe(u, lambda: recipe_of_features()+norm(u))
+
+    def _compiled(self, x, size):
+        "The same for a compiler, which is told of parts that are to be made again as a whole"
+        def again(steps, x, after=noop):
+            *layers,bn = steps
+            def run(x):
+                for f in layers: x = f(x)
+                y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)
+                return after(y), mean, rstd, x.numel()/x.shape[1]
+            y,mean,rstd,n = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+            _track(bn, mean, rstd**-2-bn.eps, n)
+            return y
+        features = again(self.stem, x, lambda y: self.resize(y, size))
+        return self.out(features + again(self.merge, self.blocks(features)))
+
+    def _lean(self, x, size):
+        "What is added to the resized image, without the maps that are made again"
+        start = now = self._features(x, size)
+        for b in self.blocks: now = b._lean(*now)
+        y,recipe = self._merged(*now, *start)
+        return _keeping(recipe, y, self.out)
 
     def forward(self,
         x:Tensor, # Images, shape (B, in_channels, H, W), normalised
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # Resized images, shape (B, out_channels, h, w), in no fixed range
         _check_input(x, self.in_channels)
-        features = self._keep_input(self.stem, x, partial(self.resize, size=size))
-        return self.out(features + self._keep_input(self.merge, self.blocks(features))) + _skip(self, x, size)
+        if not self._recomputes(x, size):
+            features = self.resize(self.stem(x), size)
+            y = self.out(features + self.merge(self.blocks(features)))
+        else: y = self._compiled(x, size) if torch.compiler.is_compiling() else self._lean(x, size)
+        return y + _skip(self, x, size)
+
+
 
 # %% ../nbs/01_resizer.ipynb #502b34c4
 class FusedResizer(nn.Module):

@@ -15,7 +15,7 @@ from fastai.vision.all import *
 from fastai.callback.training import GradientClip
 from filelock import FileLock, Timeout
 from .data import NormalizeInPlace, UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
-from .resizer import SubpixelConv2d, make_resizer, parse_resizer
+from .resizer import FixedResizer, SubpixelConv2d, make_resizer, parse_resizer
 from .learner import EMACallback, FiniteLoss, FusedAdamW, RecalibrateBN, ResizerClassifier, evaluating, get_body, pick_precision, precision_cbs, resizer_learner
 from .show import Film, ResizerInterpretation, picture, section, write_report
 from . import __version__
@@ -240,12 +240,12 @@ def _said(v): return 'x'.join(map(str, v)) if is_listy(v) else str(v)
 
 @contextmanager
 def _as_drawn(module):
-    "Compute the convolutions of `module` as they are written down"
-    convs = [m for m in module.modules() if isinstance(m, SubpixelConv2d) and m.subpixel]
-    for m in convs: m.subpixel = False
+    "Compute the layers of `module` as they are written down"
+    quick = [(m,k) for m in module.modules() for cls,k in ((SubpixelConv2d,'subpixel'), (FixedResizer,'halve')) if isinstance(m, cls) and getattr(m, k)]
+    for m,k in quick: setattr(m, k, False)
     try: yield
     finally:
-        for m in convs: m.subpixel = True
+        for m,k in quick: setattr(m, k, True)
 
 def multiply_adds(
     module:nn.Module,
