@@ -43,20 +43,22 @@ def _check_input(x, channels=None):
     if channels not in (None, x.shape[1]): raise ValueError(f'this resizer takes {channels} channels: got {x.shape[1]}, in a batch of shape {tuple(x.shape)}')
 
 # %% ../nbs/01_resizer.ipynb #3ead5613
-def _mean_2x2(x):
-    "Means of 2x2 pixels; for a CPU as a convolution, which is several times as fast there as pooling"
-    if x.device.type!='cpu' or x.dtype not in (torch.float32,torch.bfloat16) or torch.jit.is_tracing() or torch.compiler.is_compiling(): return F.avg_pool2d(x, 2)
+def _as_convolution(x): return x.device.type=='cpu' and x.dtype in (torch.float32,torch.bfloat16) and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+def _mean_2x2(x, less=None):
+    "Means of 2x2 pixels, `less` a value for each channel; for a CPU as a convolution, which is several times as fast there as pooling, and rounds once"
     C = x.shape[1]
-    with torch.autocast('cpu', enabled=False): return F.conv2d(x, x.new_full((C,1,2,2), 0.25), stride=2, groups=C)
+    if not _as_convolution(x): return F.avg_pool2d(x, 2) - (0 if less is None else less.view(C,1,1))
+    with torch.autocast('cpu', enabled=False): return F.conv2d(x, x.new_full((C,1,2,2), 0.25), less if less is None else -less, stride=2, groups=C)
 
 class _Halve(Function):
     "`_mean_2x2`, of which the backward pass needs nothing"
     @staticmethod
-    def forward(ctx, x): return _mean_2x2(x)
+    def forward(ctx, x, less): return _mean_2x2(x, less)
     @staticmethod
-    def backward(ctx, g): return F.interpolate(g/4, scale_factor=2., mode='nearest')
+    def backward(ctx, g): return F.interpolate(g/4, scale_factor=2., mode='nearest'), None
 
-def _halve(x): return _Halve.apply(x) if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing() else _mean_2x2(x)   # a trace, as TensorBoard draws it, wants plain layers
+def _halve(x, less=None): return _Halve.apply(x, less) if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing() else _mean_2x2(x, less)   # a trace, as TensorBoard draws it, wants plain layers
 
 # %% ../nbs/01_resizer.ipynb #9afca9f3
 class FixedResizer(nn.Module):
@@ -72,13 +74,15 @@ class FixedResizer(nn.Module):
         size = _check_size(size)
         store_attr()
 
+    def _halves(self, x, size): return self.halve and self.interpolate_mode in ('bilinear','area') and not self.antialias and (2*size[0],2*size[1])==tuple(x.shape[-2:])
+
     def forward(self,
         x:Tensor, # Images, shape (B, C, H, W), any range
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # Resized images, shape (B, C, h, w)
         _check_input(x)
         size = self.size if size is None else _check_size(size)
-        if self.halve and self.interpolate_mode in ('bilinear','area') and not self.antialias and (2*size[0],2*size[1])==tuple(x.shape[-2:]): return _halve(x)
+        if self._halves(x, size): return _halve(x)
         half = self.antialias and x.device.type=='cpu' and x.dtype==torch.bfloat16   # PyTorch has no such kernel
         y = F.interpolate(x.float() if half else x, size, mode=self.interpolate_mode, antialias=self.antialias)
         return y.to(x.dtype)
@@ -156,12 +160,12 @@ def _track(bn, mean, var, n):
     bn.running_var.lerp_((var*n/(n-1)).to(bn.running_var), share)
 
 class _Measured:
-    "A BatchNorm that has measured `x`, to normalise maps with"
+    "A BatchNorm that has measured `x`, to normalise maps with, which may be `less` than they were"
     def __init__(self, bn, x):
-        self.bn = bn
+        self.bn,self.less = bn,0.
         self.mean,self.var = _Moments.apply(x)
         _track(bn, self.mean, self.var, x.numel()/x.shape[1])
-    def __call__(self, x): return _Normalise.apply(x, self.mean, self.var, self.bn.weight, self.bn.bias, self.bn.eps)
+    def __call__(self, x): return _Normalise.apply(x, self.mean-self.less, self.var, self.bn.weight, self.bn.bias, self.bn.eps)
 
 # %% ../nbs/01_resizer.ipynb #d25cac99
 norms = dict(batch=nn.BatchNorm2d, group=lambda n: nn.GroupNorm(math.gcd(4, n), n), none=lambda n: nn.Identity())
@@ -259,9 +263,9 @@ class Resizer(nn.Module):
 
     def _recomputes(self, x, size):
         "Whether maps are made again in the backward pass"
+        if not (self.recompute and self.negative_slope>0 and torch.is_grad_enabled()) or torch.jit.is_tracing() or x.device.type not in ('cpu','cuda'): return False
         if len(x)*min(math.prod(x.shape[-2:]), math.prod(self.size if size is None else _check_size(size)))<2: return False   # one value has no variance, which the norm says better
-        norms = [self.stem[-1], *[n for b in self.blocks for n in (b.bn1,b.bn2)], self.merge[-1]]
-        return self.recompute and self.negative_slope>0 and torch.is_grad_enabled() and not torch.jit.is_tracing() and all(map(_measures, norms))
+        return all(map(_measures, [self.stem[-1], *[n for b in self.blocks for n in (b.bn1,b.bn2)], self.merge[-1]]))
 
     def _features(self, x, size=None):
         "The small map of the stem, and its recipe"
@@ -271,7 +275,12 @@ class Resizer(nn.Module):
         u = act1(_keeping(lambda: x.to(dtype), x.to(dtype), conv1))
         hidden = _recipe(u, lambda: act2(conv2(u)))
         large = _keeping(hidden, conv2(u), act2)
-        norm,small = _keeping(hidden, large, lambda x: (_Measured(bn, x), self.resize(x, size)))
+        def measured(x):
+            norm = _Measured(bn, x)
+            if not self.resize._halves(x, self.size if size is None else _check_size(size)): return norm, self.resize(x, size)
+            norm.less = norm.mean.detach().to(x.dtype)   # in half precision, small values keep more digits
+            return norm, _halve(x, norm.less)
+        norm,small = _keeping(hidden, large, measured)
         return norm(small), _recipe(small, lambda: norm(small))
 
     def _merged(self, x, recipe, features, recipe_of_features):
