@@ -178,7 +178,7 @@ class _Stage(nn.Module):
 def _stages(arch, out):
     r = Resizer(out)
     blocks = {f'block {i}': _Stage(b, lambda x,b=b: b._lean(x, lambda: x)[0], b) for i,b in enumerate(r.blocks)}
-    return {'stem and resize': _Stage(nn.ModuleList([r.stem, r.resize]), lambda x: r._features(x)[0], lambda x: r.resize(r.stem(x))), **blocks,
+    return {'stem and resize': _Stage(nn.ModuleList([r.stem, r.resize]), lambda x: r._features(x, r.size)[0], lambda x: r.resize(r.stem(x))), **blocks,
             'merge': _Stage(r.merge, lambda x: r._merged(x, lambda: x, x, lambda: x)[0], lambda x: x+r.merge(x)), 'last convolution': r.out, 'body': get_body(arch)()}
 
 def _stage_steps(stage, x, dtype):

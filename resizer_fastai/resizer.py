@@ -45,20 +45,20 @@ def _check_input(x, channels=None):
 # %% ../nbs/01_resizer.ipynb #3ead5613
 def _as_convolution(x): return x.device.type=='cpu' and x.dtype in (torch.float32,torch.bfloat16) and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
-def _mean_2x2(x, less=None):
-    "Means of 2x2 pixels, `less` a value for each channel; for a CPU as a convolution, which is several times as fast there as pooling, and rounds once"
+def _mean_2x2(x, minus=None):
+    "Means of 2x2 pixels, from which `minus` is taken in each channel; for a CPU as a convolution, which is several times as fast there as pooling, and rounds once"
     C = x.shape[1]
-    if not _as_convolution(x): return F.avg_pool2d(x, 2) - (0 if less is None else less.view(C,1,1))
-    with torch.autocast('cpu', enabled=False): return F.conv2d(x, x.new_full((C,1,2,2), 0.25), less if less is None else -less, stride=2, groups=C)
+    if not _as_convolution(x): return F.avg_pool2d(x, 2) - (0 if minus is None else minus.view(C,1,1))
+    with torch.autocast('cpu', enabled=False): return F.conv2d(x, x.new_full((C,1,2,2), 0.25), None if minus is None else -minus, stride=2, groups=C)
 
 class _Halve(Function):
-    "`_mean_2x2`, of which the backward pass needs nothing"
+    "`_mean_2x2`, of which the backward pass needs nothing; `minus` is a constant"
     @staticmethod
-    def forward(ctx, x, less): return _mean_2x2(x, less)
+    def forward(ctx, x, minus): return _mean_2x2(x, minus)
     @staticmethod
     def backward(ctx, g): return F.interpolate(g/4, scale_factor=2., mode='nearest'), None
 
-def _halve(x, less=None): return _Halve.apply(x, less) if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing() else _mean_2x2(x, less)   # a trace, as TensorBoard draws it, wants plain layers
+def _halve(x, minus=None): return _Halve.apply(x, minus) if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing() else _mean_2x2(x, minus)   # a trace, as TensorBoard draws it, wants plain layers
 
 # %% ../nbs/01_resizer.ipynb #9afca9f3
 class FixedResizer(nn.Module):
@@ -90,19 +90,28 @@ class FixedResizer(nn.Module):
     def extra_repr(self): return f'{self.size}, {self.interpolate_mode!r}, antialias={self.antialias}'
 
 # %% ../nbs/01_resizer.ipynb #2ff71f03
-def _recipe(x, make):
-    "`make`, for the backward pass: it runs once, under autocast as it is now, where `x` is"
-    t = x.device.type
+def _recipe(x, make, *reads):
+    "`make`, for the backward pass: on the device of `x`, under autocast as it is now, and once for each graph; it needs `reads` as they are now"
+    t,noted = x.device.type,[o._version for o in reads]
     autocast = torch.autocast(t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t))
     @cache
     def run():
+        _check_unchanged(reads, noted)
         with torch.no_grad(), autocast: return make()
     return run
 
+def _check_unchanged(tensors, versions):
+    if [o._version for o in tensors]!=versions: raise RuntimeError('what the backward pass of a resizer needs was changed in place after its forward pass')
+
 def _keeping(recipe, x, f):
     "`f(x)`, which keeps for the backward pass the `recipe` of `x` in place of `x`"
-    at = x.data_ptr()
-    with saved_tensors_hooks(lambda t: recipe if t.data_ptr()==at else t, lambda o: o() if callable(o) else o): return f(x)
+    at = id(x)   # and not x, which would be kept by that
+    def pack(t): return recipe if id(t)==at else (t.detach(), t._version)   # a node that holds its own output is never freed
+    def unpack(o):
+        if callable(o): return o()
+        _check_unchanged(o[:1], [o[1]])
+        return o[0]
+    with saved_tensors_hooks(pack, unpack): return f(x)
 
 # %% ../nbs/01_resizer.ipynb #82a94f78
 def _wide(*xs):
@@ -148,8 +157,10 @@ class _Normalise(Function):
 
 # %% ../nbs/01_resizer.ipynb #7d35faa5
 def _measures(norm):
-    "Whether `norm` takes the statistics of its batch, and nobody listens to it"
-    return type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.affine and not norm._forward_hooks
+    "Whether `norm` takes the statistics of its batch"
+    return type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.affine and norm.weight.dtype in (torch.float32,torch.float64)
+
+def _listened_to(module): return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 @torch.no_grad()
 def _track(bn, mean, var, n):
@@ -160,12 +171,12 @@ def _track(bn, mean, var, n):
     bn.running_var.lerp_((var*n/(n-1)).to(bn.running_var), share)
 
 class _Measured:
-    "A BatchNorm that has measured `x`, to normalise maps with, which may be `less` than they were"
+    "A BatchNorm that has measured `x`, to normalise maps with, from which `minus` was taken in each channel"
     def __init__(self, bn, x):
-        self.bn,self.less = bn,0.
+        self.bn,self.minus = bn,0.
         self.mean,self.var = _Moments.apply(x)
         _track(bn, self.mean, self.var, x.numel()/x.shape[1])
-    def __call__(self, x): return _Normalise.apply(x, self.mean-self.less, self.var, self.bn.weight, self.bn.bias, self.bn.eps)
+    def __call__(self, x): return _Normalise.apply(x, self.mean-self.minus, self.var, self.bn.weight, self.bn.bias, self.bn.eps)
 
 # %% ../nbs/01_resizer.ipynb #d25cac99
 norms = dict(batch=nn.BatchNorm2d, group=lambda n: nn.GroupNorm(math.gcd(4, n), n), none=lambda n: nn.Identity())
@@ -195,10 +206,10 @@ class ResidualBlock(nn.Module):
         "The same of `x`, whose `recipe` is kept; and the recipe of what comes out"
         u = _keeping(recipe, x, self.conv1)
         bn1 = _Measured(self.bn1, u)
-        hidden = _recipe(u, lambda: self.act(bn1(u)))
+        hidden = _recipe(u, lambda: self.act(bn1(u)), self.bn1.bias)
         v = _keeping(hidden, _keeping(hidden, bn1(u), self.act), self.conv2)
         bn2 = _Measured(self.bn2, v)
-        return x + bn2(v), _recipe(v, lambda: recipe()+bn2(v))
+        return x + bn2(v), _recipe(v, lambda: recipe()+bn2(v), self.bn2.bias)
 
 # %% ../nbs/01_resizer.ipynb #e07780d1
 def _skip(resizer, x, size):
@@ -240,7 +251,7 @@ class Resizer(nn.Module):
         antialias:bool=False, # Antialias both resizes; for bilinear and bicubic
         zero_init:bool=False, # Start the last convolution at zero, so that training starts from the plain resize
         norm:str='batch', # 'batch' as in the paper; 'group' (of 4 groups) and 'none' keep no running statistics
-        recompute:bool=True, # In the backward pass, make maps again that are a norm, an activation, a sum or the stem's second convolution away from a kept one; the same result in less memory
+        recompute:bool=True, # In the backward pass, make maps again that are a norm, an activation, a sum or the stem's second convolution away from a kept one: the same result in less memory, but for gradients of gradients, which want False
         skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
         inplace:bool=True, # Activations overwrite what comes in; the same result in less memory
         halve:bool=True, # As for `FixedResizer`, in both resizes
@@ -262,32 +273,43 @@ class Resizer(nn.Module):
         if zero_init: nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def _recomputes(self, x, size):
-        "Whether maps are made again in the backward pass"
-        if not (self.recompute and self.negative_slope>0 and torch.is_grad_enabled()) or torch.jit.is_tracing() or x.device.type not in ('cpu','cuda'): return False
-        if len(x)*min(math.prod(x.shape[-2:]), math.prod(self.size if size is None else _check_size(size)))<2: return False   # one value has no variance, which the norm says better
-        return all(map(_measures, [self.stem[-1], *[n for b in self.blocks for n in (b.bn1,b.bn2)], self.merge[-1]]))
+        "Whether maps are made again in the backward pass, which is for the layers that are listed above, in training"
+        if not (self.recompute and torch.is_grad_enabled()) or torch.jit.is_tracing() or x.device.type not in ('cpu','cuda'): return False
+        if len(x)*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
+        _,*parts = self.modules()
+        acts,own_norms = [self.stem[1], self.stem[3], *[b.act for b in self.blocks if type(b) is ResidualBlock]],[self.stem[-1], self.merge[-1]]
+        return (all(type(b) is ResidualBlock for b in self.blocks) and all(type(o) is nn.LeakyReLU and o.negative_slope>=0 for o in acts) and
+                all(map(_measures, own_norms + [o for b in self.blocks for o in (b.bn1,b.bn2)])) and not any(map(_listened_to, parts)))
 
-    def _features(self, x, size=None):
+    def _features(self, x, size):
         "The small map of the stem, and its recipe"
         conv1,act1,conv2,act2,bn = self.stem
         t = x.device.type
-        dtype = torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) else x.dtype
-        u = act1(_keeping(lambda: x.to(dtype), x.to(dtype), conv1))
+        dtype = torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) and x.dtype!=torch.float64 else x.dtype
+        u = act1(conv1(x) if dtype==x.dtype else _keeping(_recipe(x, lambda: x.to(dtype), x), x.to(dtype), conv1))
         hidden = _recipe(u, lambda: act2(conv2(u)))
         large = _keeping(hidden, conv2(u), act2)
         def measured(x):
             norm = _Measured(bn, x)
-            if not self.resize._halves(x, self.size if size is None else _check_size(size)): return norm, self.resize(x, size)
-            norm.less = norm.mean.detach().to(x.dtype)   # in half precision, small values keep more digits
-            return norm, _halve(x, norm.less)
+            if not self.resize._halves(x, size): return norm, self.resize(x, size)
+            norm.minus = norm.mean.detach().to(x.dtype)   # in half precision, small values keep more digits
+            return norm, _halve(x, norm.minus)
         norm,small = _keeping(hidden, large, measured)
-        return norm(small), _recipe(small, lambda: norm(small))
+        return norm(small), _recipe(small, lambda: norm(small), bn.bias)
 
     def _merged(self, x, recipe, features, recipe_of_features):
         "What the blocks made, merged with what they were given, and its recipe"
-        u = _keeping(recipe, x, self.merge[0])
-        norm = _Measured(self.merge[1], u)
-        return features+norm(u), _recipe(u, lambda: recipe_of_features()+norm(u))
+        conv,bn = self.merge
+        u = _keeping(recipe, x, conv)
+        norm = _Measured(bn, u)
+        return features+norm(u), _recipe(u, lambda: recipe_of_features()+norm(u), bn.bias)
+
+    def _lean(self, x, size):
+        "What is added to the resized image, without the maps that are made again"
+        start = now = self._features(x.as_subclass(Tensor), size)
+        for b in self.blocks: now = b._lean(*now)
+        y,recipe = self._merged(*now, *start)
+        return _keeping(recipe, y, self.out)
 
     def _compiled(self, x, size):
         "The same for a compiler, which is told of parts that are to be made again as a whole"
@@ -296,25 +318,19 @@ class Resizer(nn.Module):
             def run(x):
                 for f in layers: x = f(x)
                 y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)
-                return after(y), mean, rstd, x.numel()/x.shape[1]
+                return after(y), mean, rstd, x.numel()//x.shape[1]
             y,mean,rstd,n = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
             _track(bn, mean, rstd**-2-bn.eps, n)
             return y
         features = again(self.stem, x, lambda y: self.resize(y, size))
         return self.out(features + again(self.merge, self.blocks(features)))
 
-    def _lean(self, x, size):
-        "What is added to the resized image, without the maps that are made again"
-        start = now = self._features(x, size)
-        for b in self.blocks: now = b._lean(*now)
-        y,recipe = self._merged(*now, *start)
-        return _keeping(recipe, y, self.out)
-
     def forward(self,
         x:Tensor, # Images, shape (B, in_channels, H, W), normalised
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # Resized images, shape (B, out_channels, h, w), in no fixed range
         _check_input(x, self.in_channels)
+        size = self.size if size is None else _check_size(size)
         if not self._recomputes(x, size):
             features = self.resize(self.stem(x), size)
             y = self.out(features + self.merge(self.blocks(features)))
