@@ -5,15 +5,15 @@
 #
 # It goes on where it was interrupted. RUNS is where the runs go (runs), DATA what is trained on (imagewoof-320).
 set -e
-runs=${RUNS:-runs} data=${DATA:-imagewoof-320}
+runs=${RUNS:-runs} data=${DATA:-imagewoof-320} learned=learned,learned+zero_init=1
 
 cells() {   # EPOCHS SIZE OUT ARMS SEEDS OPTIONS...
     resizer_compare --data "$data" --arch resnet50 --epochs "$1" --runs "$runs" --size "$2" --out "$3" --name "imagewoof-$2-$3-$1" --arms "$4" --seeds "$5" "${@:6}"
 }
 
 for epochs in 20 5; do
-    for setting in '448 224' '320 160'; do cells $epochs $setting bilinear,learned 0,1,2,3,4 "$@"; done
-    for setting in '448 224' '320 160'; do cells $epochs $setting bilinear,again,antialias,pil,muller,learned 0,1,2 "$@"; done
-    for setting in '448 224' '320 160'; do cells $epochs $setting bilinear,none,learned 0,1,2 "$@"; done
+    for setting in '448 224' '320 160'; do cells $epochs $setting bilinear,$learned 0,1,2,3,4 "$@"; done
+    for setting in '448 224' '320 160'; do cells $epochs $setting bilinear,again,antialias,pil,muller,$learned 0,1,2 "$@"; done
+    for setting in '448 224' '320 160'; do cells $epochs $setting bilinear,none,$learned 0,1,2 "$@"; done
     for setting in '448 224' '320 160'; do cells $epochs $setting bilinear 0 --collect "$@"; done
 done
