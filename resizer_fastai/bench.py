@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from fastcore.script import Param
 from PIL import Image
 from .data import NormalizeInPlace, ReadableSplitter, UsageError, _hw, cache_images, caches, cli_command, get_path, image_files, parse_size, resizer_block
-from .resizer import Resizer, fuse, parse_resizer
+from .resizer import _lean_block, _lean_merge, _lean_stem, Resizer, fuse, parse_resizer
 from .learner import compile_error, get_body, pick_precision
 from .train import device_name, keep_memory, multiply_adds, recipe_learner, versions
 from .compare import markdown_rows
@@ -177,9 +177,9 @@ class _Stage(nn.Module):
 
 def _stages(arch, out):
     r = Resizer(out)
-    blocks = {f'block {i}': _Stage(b, lambda x,b=b: b._lean(x, lambda: x)[0], b) for i,b in enumerate(r.blocks)}
-    return {'stem and resize': _Stage(nn.ModuleList([r.stem, r.resize]), lambda x: r._features(x, r.size)[0], lambda x: r.resize(r.stem(x))), **blocks,
-            'merge': _Stage(r.merge, lambda x: r._merged(x, lambda: x, x, lambda: x)[0], lambda x: x+r.merge(x)), 'last convolution': r.out, 'body': get_body(arch)()}
+    blocks = {f'block {i}': _Stage(b, lambda x,b=b: _lean_block(b, x, lambda: x)[0], b) for i,b in enumerate(r.blocks)}
+    return {'stem and resize': _Stage(nn.ModuleList([r.stem, r.resize]), lambda x: _lean_stem(r.stem, r.resize, x, r.size)[0], lambda x: r.resize(r.stem(x))), **blocks,
+            'merge': _Stage(r.merge, lambda x: _lean_merge(r.merge, x, lambda: x, x, lambda: x)[0], lambda x: x+r.merge(x)), 'last convolution': r.out, 'body': get_body(arch)()}
 
 def _stage_steps(stage, x, dtype):
     "Training and inference of a stage"

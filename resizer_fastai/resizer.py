@@ -202,15 +202,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x): return x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
 
-    def _lean(self, x, recipe):
-        "The same of `x`, whose `recipe` is kept; and the recipe of what comes out"
-        u = _keeping(recipe, x, self.conv1)
-        bn1 = _Measured(self.bn1, u)
-        hidden = _recipe(u, lambda: self.act(bn1(u)), self.bn1.bias)
-        v = _keeping(hidden, _keeping(hidden, bn1(u), self.act), self.conv2)
-        bn2 = _Measured(self.bn2, v)
-        return x + bn2(v), _recipe(v, lambda: recipe()+bn2(v), self.bn2.bias)
-
 # %% ../nbs/01_resizer.ipynb #e07780d1
 def _skip(resizer, x, size):
     "What the detail is added to"
@@ -238,6 +229,75 @@ class SubpixelConv2d(nn.Conv2d):
         return F.pixel_shuffle(y, 2)
 
 # %% ../nbs/01_resizer.ipynb #dd66a4b4
+def _lean_stem(stem, resize, x, size):
+    "The small map of the stem, and its recipe"
+    conv1,act1,conv2,act2,bn = stem
+    t = x.device.type
+    dtype = torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) and x.dtype!=torch.float64 else x.dtype
+    u = act1(conv1(x) if dtype==x.dtype else _keeping(_recipe(x, lambda: x.to(dtype), x), x.to(dtype), conv1))
+    hidden = _recipe(u, lambda: act2(conv2(u)))
+    large = _keeping(hidden, conv2(u), act2)
+    def measured(x):
+        norm = _Measured(bn, x)
+        if not resize._halves(x, size): return norm, resize(x, size)
+        norm.minus = norm.mean.detach().to(x.dtype)   # in half precision, small values keep more digits
+        return norm, _halve(x, norm.minus)
+    norm,small = _keeping(hidden, large, measured)
+    return norm(small), _recipe(small, lambda: norm(small), bn.bias)
+
+def _lean_conv_norm(conv, bn, x, recipe):
+    "What a convolution makes of `x`, whose `recipe` is kept, and the norm that has measured it"
+    u = _keeping(recipe, x, conv)
+    return u, _Measured(bn, u)
+
+def _lean_block(block, x, recipe):
+    "A residual block of `x`, and the recipe of what comes out"
+    u,bn1 = _lean_conv_norm(block.conv1, block.bn1, x, recipe)
+    hidden = _recipe(u, lambda: block.act(bn1(u)), block.bn1.bias)
+    v,bn2 = _lean_conv_norm(block.conv2, block.bn2, _keeping(hidden, bn1(u), block.act), hidden)
+    return x + bn2(v), _recipe(v, lambda: recipe()+bn2(v), block.bn2.bias)
+
+def _lean_merge(merge, x, recipe, features, recipe_of_features):
+    "What the blocks made, merged with what they were given, and its recipe"
+    u,bn = _lean_conv_norm(*merge, x, recipe)
+    return features + bn(u), _recipe(u, lambda: recipe_of_features()+bn(u), merge[1].bias)
+
+def _lean(resizer, x, size):
+    "What a resizer adds to the resized image, without the maps that are made again"
+    start = now = _lean_stem(resizer.stem, resizer.resize, x.as_subclass(Tensor), size)
+    for b in resizer.blocks: now = _lean_block(b, *now)
+    y,recipe = _lean_merge(resizer.merge, *now, *start)
+    return _keeping(recipe, y, resizer.out)
+
+# %% ../nbs/01_resizer.ipynb #1d3ee689
+def _again(steps, x, after=noop):
+    "`after` of layers and a BatchNorm at their end, made again in the backward pass"
+    *layers,bn = steps
+    def run(x):
+        for f in layers: x = f(x)
+        y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)
+        return after(y), mean, rstd, x.numel()//x.shape[1]
+    y,mean,rstd,n = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+    _track(bn, mean, rstd**-2-bn.eps, n)
+    return y
+
+def _compiled(resizer, x, size):
+    "The same for a compiler"
+    features = _again(resizer.stem, x, lambda y: resizer.resize(y, size))
+    return resizer.out(features + _again(resizer.merge, resizer.blocks(features)))
+
+# %% ../nbs/01_resizer.ipynb #bbb5e8b1
+def _recomputes(resizer, x, size):
+    "Whether `resizer` makes maps again in the backward pass for this batch"
+    if not (resizer.recompute and torch.is_grad_enabled()) or torch.jit.is_tracing() or x.device.type not in ('cpu','cuda'): return False
+    if len(x)*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
+    _,*parts = resizer.modules()
+    if not all(type(b) is ResidualBlock for b in resizer.blocks) or any(map(_listened_to, parts)): return False
+    acts = [resizer.stem[1], resizer.stem[3], *[b.act for b in resizer.blocks]]
+    own_norms = [resizer.stem[-1], resizer.merge[-1], *[o for b in resizer.blocks for o in (b.bn1,b.bn2)]]
+    return all(type(o) is nn.LeakyReLU and o.negative_slope>=0 for o in acts) and all(map(_measures, own_norms))
+
+# %% ../nbs/01_resizer.ipynb #307e9862
 class Resizer(nn.Module):
     "The learnable resizer of Talebi and Milanfar, *Learning to Resize Images for Computer Vision Tasks*, ICCV 2021, section 3.1"
     def __init__(self,
@@ -272,69 +332,16 @@ class Resizer(nn.Module):
         self.skip = nn.PixelUnshuffle(k) if skip_mode=='unshuffle' else nn.Identity() if in_channels==out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
         if zero_init: nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
-    def _recomputes(self, x, size):
-        "Whether maps are made again in the backward pass, which is for the layers that are listed above, in training"
-        if not (self.recompute and torch.is_grad_enabled()) or torch.jit.is_tracing() or x.device.type not in ('cpu','cuda'): return False
-        if len(x)*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
-        _,*parts = self.modules()
-        acts,own_norms = [self.stem[1], self.stem[3], *[b.act for b in self.blocks if type(b) is ResidualBlock]],[self.stem[-1], self.merge[-1]]
-        return (all(type(b) is ResidualBlock for b in self.blocks) and all(type(o) is nn.LeakyReLU and o.negative_slope>=0 for o in acts) and
-                all(map(_measures, own_norms + [o for b in self.blocks for o in (b.bn1,b.bn2)])) and not any(map(_listened_to, parts)))
-
-    def _features(self, x, size):
-        "The small map of the stem, and its recipe"
-        conv1,act1,conv2,act2,bn = self.stem
-        t = x.device.type
-        dtype = torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) and x.dtype!=torch.float64 else x.dtype
-        u = act1(conv1(x) if dtype==x.dtype else _keeping(_recipe(x, lambda: x.to(dtype), x), x.to(dtype), conv1))
-        hidden = _recipe(u, lambda: act2(conv2(u)))
-        large = _keeping(hidden, conv2(u), act2)
-        def measured(x):
-            norm = _Measured(bn, x)
-            if not self.resize._halves(x, size): return norm, self.resize(x, size)
-            norm.minus = norm.mean.detach().to(x.dtype)   # in half precision, small values keep more digits
-            return norm, _halve(x, norm.minus)
-        norm,small = _keeping(hidden, large, measured)
-        return norm(small), _recipe(small, lambda: norm(small), bn.bias)
-
-    def _merged(self, x, recipe, features, recipe_of_features):
-        "What the blocks made, merged with what they were given, and its recipe"
-        conv,bn = self.merge
-        u = _keeping(recipe, x, conv)
-        norm = _Measured(bn, u)
-        return features+norm(u), _recipe(u, lambda: recipe_of_features()+norm(u), bn.bias)
-
-    def _lean(self, x, size):
-        "What is added to the resized image, without the maps that are made again"
-        start = now = self._features(x.as_subclass(Tensor), size)
-        for b in self.blocks: now = b._lean(*now)
-        y,recipe = self._merged(*now, *start)
-        return _keeping(recipe, y, self.out)
-
-    def _compiled(self, x, size):
-        "The same for a compiler, which is told of parts that are to be made again as a whole"
-        def again(steps, x, after=noop):
-            *layers,bn = steps
-            def run(x):
-                for f in layers: x = f(x)
-                y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)
-                return after(y), mean, rstd, x.numel()//x.shape[1]
-            y,mean,rstd,n = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-            _track(bn, mean, rstd**-2-bn.eps, n)
-            return y
-        features = again(self.stem, x, lambda y: self.resize(y, size))
-        return self.out(features + again(self.merge, self.blocks(features)))
-
     def forward(self,
         x:Tensor, # Images, shape (B, in_channels, H, W), normalised
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # Resized images, shape (B, out_channels, h, w), in no fixed range
         _check_input(x, self.in_channels)
         size = self.size if size is None else _check_size(size)
-        if not self._recomputes(x, size):
+        if _recomputes(self, x, size): y = _compiled(self, x, size) if torch.compiler.is_compiling() else _lean(self, x, size)
+        else:
             features = self.resize(self.stem(x), size)
             y = self.out(features + self.merge(self.blocks(features)))
-        else: y = self._compiled(x, size) if torch.compiler.is_compiling() else self._lean(x, size)
         return y + _skip(self, x, size)
 
 
