@@ -133,15 +133,15 @@ def _seconds(f, device, steps=1):
 def take_turns(
     fs:dict, # Name -> function
     device:torch.device, # Where they run
-    rounds:int=5, # How often each is timed, after a first call and a warm-up
+    rounds:int=5, # How often each is timed
 ) -> dict: # Name -> seconds of the first call, then those of each round
     "Time functions one after the other, round by round"
     steps = 5 if device.type=='cuda' else 1
     times = {k: [_seconds(f, device)] for k,f in fs.items()}
-    for r in range(rounds+1):
+    for _ in range(rounds):
         for k,f in fs.items():
-            t = _seconds(f, device, steps)
-            if r: times[k].append(t)
+            f()
+            times[k].append(_seconds(f, device, steps))
     return times
 
 # %% ../nbs/07_bench.ipynb #5f66ec0e
