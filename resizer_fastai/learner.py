@@ -357,7 +357,8 @@ def compile_error(
     device:torch.device, # Where a model is going to run
 ) -> str: # None where there is nothing in the way
     "Why PyTorch cannot compile for `device` on this machine"
-    try: torch.compile(torch.neg, options=dict(force_disable_caches=True))(torch.zeros(1, device=device))
+    try:
+        with warnings.catch_warnings(action='ignore'), torch.compiler.config.patch(force_disable_caches=True): torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as e: return f'PyTorch cannot compile for {device} here ({type(e).__name__}: {str(e).strip().partition(chr(10))[0]})'
 
 def compile_model(

@@ -40,7 +40,7 @@ def _check_mode(mode, antialias):
 def _check_input(x, channels=None):
     "Raise if `x` is no batch of images with that number of channels"
     if x.ndim!=4: raise ValueError(f'a resizer takes a batch of shape (B, C, H, W): got {tuple(x.shape)}')
-    if channels not in (None, x.shape[1]): raise ValueError(f'this resizer takes {channels} channels: got {x.shape[1]}, in a batch of shape {tuple(x.shape)}')
+    if channels is not None and channels!=x.shape[1]: raise ValueError(f'this resizer takes {channels} channels: got {x.shape[1]}, in a batch of shape {tuple(x.shape)}')
 
 # %% ../nbs/01_resizer.ipynb #3ead5613
 def _as_convolution(x): return x.device.type=='cpu' and x.dtype in (torch.float32,torch.bfloat16) and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
@@ -137,7 +137,7 @@ class _Moments(Function):
     def backward(ctx, g_mean, g_var):
         x,mean = ctx.saved_tensors
         n = x.numel()/x.shape[1]
-        return F.batch_norm(x, mean, torch.ones_like(mean), 2*g_var/n, g_mean/n, eps=0.)   # a product and a sum for each channel
+        return F.batch_norm(x, mean, torch.ones_like(mean), 2*g_var/n, g_mean/n, eps=1e-30)   # a product and a sum for each channel; 1+1e-30 is 1, and an eps of 0 is not allowed everywhere
 
 class _Normalise(Function):
     "What a BatchNorm does with moments"
@@ -225,7 +225,7 @@ class SubpixelConv2d(nn.Conv2d):
     def forward(self, x):
         if not self.subpixel or self.out_channels>4 or x.shape[-2]%2 or x.shape[-1]%2 or torch.jit.is_tracing(): return super().forward(x)
         weight = torch.stack([F.pad(self.weight, (j,1-j,i,1-i)) for i in (0,1) for j in (0,1)], dim=1)
-        y = F.conv2d(x, weight.flatten(0, 1), self.bias.repeat_interleave(4), stride=2, padding=self.padding)
+        y = F.conv2d(x, weight.flatten(0, 1), torch.stack([self.bias]*4, dim=1).flatten(), stride=2, padding=self.padding)
         return F.pixel_shuffle(y, 2)
 
 # %% ../nbs/01_resizer.ipynb #dd66a4b4

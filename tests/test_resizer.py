@@ -3,6 +3,7 @@ import weakref
 import pytest, torch
 from copy import deepcopy
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from resizer_fastai.resizer import Resizer
 
 def pair(**kwargs):
@@ -38,13 +39,14 @@ def test_images_of_fastai():
     fastai = pytest.importorskip('fastai.torch_core')
     same(pair(), fastai.TensorImage(torch.rand(2, 3, 24, 24)))
 
-def test_compiled_once_for_all_sizes():
-    r, compiled = Resizer(12), Resizer(12)
+def test_compiled_twice_for_all_sizes():
+    r, compiled, compiler = Resizer(12), Resizer(12), CompileCounterWithBackend('aot_eager')
     compiled.load_state_dict(r.state_dict())
-    compiled.compile(fullgraph=True, dynamic=True, backend='aot_eager')
-    for size in (24, 40):
+    compiled.compile(fullgraph=True, backend=compiler)
+    for size in (24, 40, 56, 72):
         x = torch.rand(2, 3, size, size)
         for a, b in zip(grads(r, x), grads(compiled, x), strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert compiler.frame_count==2   # the first size, and then any
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('autocast', [False, True])
