@@ -210,7 +210,7 @@ def test_two_runs_image_by_image(two):
 
 def test_the_last_epoch_counts(two):
     fig = compare.plot_runs(dict(learned=two[:1], bilinear=two[1:]))
-    for dots, path in zip(fig.axes[1].collections, two):
+    for dots, path in zip(fig.axes[1].collections, two, strict=True):
         m = pd.read_csv(path/'metrics.csv')
         np.testing.assert_allclose(dots.get_offsets()[0], [m.seconds.sum(), 100*m.accuracy.iloc[-1]])
 
