@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['interpolate_modes', 'norms', 'resizer_names', 'FixedResizer', 'ResidualBlock', 'SubpixelConv2d', 'Resizer',
-           'FusedResizer', 'fuse', 'MullerResizer', 'make_resizer', 'parse_resizer', 'resizer_config', 'save_resizer',
-           'load_resizer']
+           'ConvLeakyReLU2d', 'FusedResizer', 'fuse', 'MullerResizer', 'make_resizer', 'parse_resizer',
+           'resizer_config', 'save_resizer', 'load_resizer']
 
 # %% ../nbs/01_resizer.ipynb #51a7d7fb
 import inspect, json, math, torch, torch.nn.functional as F
@@ -228,15 +228,52 @@ class SubpixelConv2d(nn.Conv2d):
         y = F.conv2d(x, weight.flatten(0, 1), torch.stack([self.bias]*4, dim=1).flatten(), stride=2, padding=self.padding)
         return F.pixel_shuffle(y, 2)
 
+# %% ../nbs/01_resizer.ipynb #d7e6ddfa
+@cache
+def _has_conv_leaky(dtype):
+    "Whether oneDNN has a convolution with a LeakyReLU at its end for this type"
+    one = torch.ones(1,1,1,1, dtype=dtype)
+    try: return torch.ops.mkldnn._convolution_pointwise(one, one, None, [0,0], [1,1], [1,1], 1, 'leaky_relu', [0.2], '') is not None
+    except (AttributeError, RuntimeError): return False
+
+class _ConvLeaky(Function):
+    "A convolution of stride 1 and its LeakyReLU; what comes out is kept, or `instead` in its place"
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype, padding, act, instead):
+        if x.device.type=='cpu' and act.inplace and dtype==weight.dtype and dtype in (torch.float32,torch.bfloat16) and _has_conv_leaky(dtype):
+            y = torch.ops.mkldnn._convolution_pointwise(x.to(dtype), weight, bias, padding, [1,1], [1,1], 1, 'leaky_relu', [act.negative_slope], '')
+        else: y = act(F.conv2d(x.to(dtype), weight, bias, padding=padding))
+        ctx.save_for_backward(x, weight, y if instead is None else instead)
+        ctx.padding,ctx.slope = padding,act.negative_slope
+        return y
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x,weight,y = ctx.saved_tensors
+        g = torch.ops.aten.leaky_relu_backward(g, y, ctx.slope, True)
+        grads = torch.ops.aten.convolution_backward(g, x.to(g.dtype), weight, weight.shape[:1], [1,1], ctx.padding, [1,1], False, [0,0], 1, ctx.needs_input_grad[:3])
+        return *grads, None, None, None, None
+
+def _is_conv_leaky(conv, act):
+    "Whether these are a convolution and an activation as `_ConvLeaky` computes them"
+    return type(conv) is nn.Conv2d and type(act) is nn.LeakyReLU and act.negative_slope>=0 and \
+        (conv.stride,conv.dilation,conv.groups,conv.padding_mode)==((1,1),(1,1),1,'zeros') and conv.bias is not None and not isinstance(conv.padding, str)
+
+def _conv_leaky(conv, act, x, instead=None):
+    "`act(conv(x))` in one step"
+    t,dtype,params = x.device.type,x.dtype,(conv.weight,conv.bias)
+    if torch.is_autocast_enabled(t):
+        dtype = dtype if dtype==torch.float64 else torch.get_autocast_dtype(t)
+        params = [o.to(dtype) for o in params]
+    return _ConvLeaky.apply(x, *params, dtype, conv.padding, act, instead)
+
 # %% ../nbs/01_resizer.ipynb #dd66a4b4
 def _lean_stem(stem, resize, x, size):
     "The small map of the stem, and its recipe"
     conv1,act1,conv2,act2,bn = stem
-    t = x.device.type
-    dtype = torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) and x.dtype!=torch.float64 else x.dtype
-    u = act1(conv1(x) if dtype==x.dtype else _keeping(_recipe(x, lambda: x.to(dtype), x), x.to(dtype), conv1))
-    hidden = _recipe(u, lambda: act2(conv2(u)))
-    large = _keeping(hidden, conv2(u), act2)
+    u = _conv_leaky(conv1, act1, x)
+    hidden = _recipe(u, lambda: _conv_leaky(conv2, act2, u))
+    large = _keeping(hidden, torch.empty(0), lambda o: _conv_leaky(conv2, act2, u, o))
     def measured(x):
         norm = _Measured(bn, x)
         if not resize._halves(x, size): return norm, resize(x, size)
@@ -293,9 +330,9 @@ def _recomputes(resizer, x, size):
     if len(x)*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
     _,*parts = resizer.modules()
     if not all(type(b) is ResidualBlock for b in resizer.blocks) or any(map(_listened_to, parts)): return False
-    acts = [resizer.stem[1], resizer.stem[3], *[b.act for b in resizer.blocks]]
+    if len(resizer.stem)!=5 or not (_is_conv_leaky(*resizer.stem[:2]) and _is_conv_leaky(*resizer.stem[2:4])): return False
     own_norms = [resizer.stem[-1], resizer.merge[-1], *[o for b in resizer.blocks for o in (b.bn1,b.bn2)]]
-    return all(type(o) is nn.LeakyReLU and o.negative_slope>=0 for o in acts) and all(map(_measures, own_norms))
+    return all(type(b.act) is nn.LeakyReLU and b.act.negative_slope>=0 for b in resizer.blocks) and all(map(_measures, own_norms))
 
 # %% ../nbs/01_resizer.ipynb #307e9862
 class Resizer(nn.Module):
@@ -313,7 +350,7 @@ class Resizer(nn.Module):
         norm:str='batch', # 'batch' as in the paper; 'group' (of 4 groups) and 'none' keep no running statistics
         recompute:bool=True, # In the backward pass, make maps again that are a norm, an activation, a sum or the stem's second convolution away from a kept one: the same result in less memory, but for gradients of gradients, which want False
         skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
-        inplace:bool=True, # Activations overwrite what comes in; the same result in less memory
+        inplace:bool=True, # Activations overwrite what comes in, and those of the stem are computed with their convolution; the same up to rounding, in less memory and time
         halve:bool=True, # As for `FixedResizer`, in both resizes
         subpixel:bool=True, # Compute 2x2 pixels at a time in the last convolution; the same up to rounding, in less time
     ):
@@ -347,6 +384,10 @@ class Resizer(nn.Module):
 
 
 # %% ../nbs/01_resizer.ipynb #502b34c4
+class ConvLeakyReLU2d(nn.Sequential):
+    "A convolution and its activation; in one step for a CPU, unless they are written down for another place"
+    def forward(self, x): return super().forward(x) if torch.jit.is_tracing() or torch.compiler.is_exporting() or not _is_conv_leaky(*self) else _conv_leaky(*self, x)
+
 class FusedResizer(nn.Module):
     "A `Resizer` for inference, with one norm where it had several; made by `fuse`"
     def __init__(self,
@@ -356,8 +397,8 @@ class FusedResizer(nn.Module):
         r = deepcopy(resizer).eval()
         self.in_channels,self.size,self.resize,self.out,self.skip,self.skip_mode = r.in_channels,r.size,r.resize,r.out,r.skip,r.skip_mode
         *stem,self.norm = r.stem
-        self.stem = nn.Sequential(*stem)
-        self.blocks = nn.ModuleList([nn.Sequential(fuse_conv_bn_eval(b.conv1, b.bn1), b.act, fuse_conv_bn_eval(b.conv2, b.bn2)) for b in r.blocks])
+        self.stem = nn.Sequential(ConvLeakyReLU2d(*stem[:2]), ConvLeakyReLU2d(*stem[2:]))
+        self.blocks = nn.ModuleList([nn.Sequential(ConvLeakyReLU2d(fuse_conv_bn_eval(b.conv1, b.bn1), b.act), fuse_conv_bn_eval(b.conv2, b.bn2)) for b in r.blocks])
         self.merge = fuse_conv_bn_eval(*r.merge)
 
     def forward(self,

@@ -4,7 +4,8 @@ import pytest, torch
 from copy import deepcopy
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from resizer_fastai.resizer import Resizer
+from resizer_fastai import resizer
+from resizer_fastai.resizer import Resizer, fuse
 
 def pair(**kwargs):
     "A resizer that makes maps again, and one with the same weights that keeps them all"
@@ -20,14 +21,13 @@ def same(resizers, x, tol=1e-5):
     for a, b in zip(*[grads(r, x) for r in resizers], strict=True): torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 @pytest.mark.parametrize('backward', ['none', 'retained', 'of one weight'])
-def test_maps_are_freed_with_the_graph(backward):
-    r, maps = Resizer(12), []
-    conv = r.stem[0].forward
-    def first(x):
-        y = conv(x)
+def test_maps_are_freed_with_the_graph(backward, monkeypatch):
+    r, maps, conv = Resizer(12), [], resizer._conv_leaky
+    def noted(*args):
+        y = conv(*args)
         maps.append(weakref.ref(y))
         return y
-    r.stem[0].forward = first
+    monkeypatch.setattr(resizer, '_conv_leaky', noted)
     y = r(torch.rand(2, 3, 24, 24)).sum()
     if backward=='retained': y.backward(retain_graph=True)
     if backward=='of one weight': torch.autograd.grad(y, r.out.weight)
@@ -72,7 +72,7 @@ def test_what_changes_in_between_is_an_error(what, autocast):
     with torch.no_grad(): (x if what=='image' else r.get_parameter(what)).mul_(2)
     with pytest.raises(RuntimeError, match='in place|inplace'): y.backward()
 
-@pytest.mark.parametrize('part', ['blocks', 'blocks.0', 'blocks.0.act', 'blocks.1.bn2', 'stem', 'merge.1'])
+@pytest.mark.parametrize('part', ['blocks', 'blocks.0', 'blocks.0.act', 'blocks.1.bn2', 'stem', 'stem.0', 'stem.1', 'merge.1'])
 def test_hooks_are_called_as_ever(part):
     heard = []
     for r in pair():
@@ -82,7 +82,8 @@ def test_hooks_are_called_as_ever(part):
         grads(r, torch.rand(2, 3, 24, 24))
     assert heard==['before', 'after']*2
 
-@pytest.mark.parametrize('part,other', [('blocks.0.act', nn.SiLU()), ('stem.3', nn.GELU()), ('blocks.0', nn.Identity())])
+@pytest.mark.parametrize('part,other', [('blocks.0.act', nn.SiLU()), ('stem.3', nn.GELU()), ('blocks.0', nn.Identity()),
+                                        ('stem.0', nn.Conv2d(3, 16, 7, padding=3, padding_mode='reflect')), ('stem.0', nn.Conv2d(3, 16, 7, padding='same'))])
 def test_other_layers_are_not_made_again(part, other):
     resizers = pair()
     for r in resizers: r.set_submodule(part, deepcopy(other))
@@ -94,3 +95,29 @@ def test_slopes_and_parts_that_stand_still(slope):
     same(resizers, torch.rand(2, 3, 24, 24))
     for r in resizers: r.blocks[0].bn1.eval()
     same(resizers, torch.rand(2, 3, 24, 24))
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='PyTorch without oneDNN')
+@pytest.mark.parametrize('there', [True, False])
+def test_with_and_without_activations_in_convolutions(there, monkeypatch):
+    "Fused for inference and in training; the same where oneDNN has no such convolution"
+    r, kept = pair()
+    x, alone, leaky = torch.rand(2, 3, 24, 24), [], nn.functional.leaky_relu
+    monkeypatch.setattr(nn.functional, 'leaky_relu', lambda *args: (alone.append(args), leaky(*args))[1])
+    if not there: monkeypatch.setattr(resizer, '_has_conv_leaky', lambda dtype: False)
+    grads(r, x)
+    fuse(r)(x)
+    assert len(alone)==(4 if there else 4+7)   # two blocks, once more for the backward pass; the stem, and once more its second convolution, and all four of the fused one
+    same((r, kept), x)
+    torch.testing.assert_close(fuse(r)(x), r.eval()(x), rtol=1e-4, atol=1e-4)
+
+def test_fused_is_compiled_as_one_and_exported_as_plain_layers():
+    torch._dynamo.reset()
+    fused, compiler = fuse(Resizer(12)), CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(fused, fullgraph=True, backend=compiler)
+    with torch.no_grad():
+        for size in (24, 40, 56, 72):
+            x = torch.rand(2, 3, size, size)
+            torch.testing.assert_close(compiled(x), fused(x), rtol=1e-4, atol=1e-4)
+    assert compiler.frame_count==2   # the second is for all sizes
+    ops = {str(n.target) for n in torch.export.export(fused, (x,)).graph.nodes}
+    assert 'aten.leaky_relu_.default' in ops and not any('mkldnn' in o for o in ops)
