@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['interpolate_modes', 'norms', 'resizer_names', 'FixedResizer', 'ResidualBlock', 'SubpixelConv2d', 'Resizer',
-           'ConvLeakyReLU2d', 'FusedResizer', 'fuse', 'MullerResizer', 'make_resizer', 'parse_resizer',
-           'resizer_config', 'save_resizer', 'load_resizer']
+           'FusedResizer', 'fuse', 'MullerResizer', 'make_resizer', 'parse_resizer', 'resizer_config', 'save_resizer',
+           'load_resizer']
 
 # %% ../nbs/01_resizer.ipynb #51a7d7fb
 import inspect, json, math, torch, torch.nn.functional as F
 from copy import deepcopy
 from fastcore.basics import noop, store_attr
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_safetensors, save_model as save_safetensors
 from torch import nn, Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -53,8 +56,11 @@ def _mean_2x2(x, minus=None):
 
 class _Halve(Function):
     "`_mean_2x2`, of which the backward pass needs nothing; `minus` is a constant"
+    generate_vmap_rule = True
     @staticmethod
-    def forward(ctx, x, minus): return _mean_2x2(x, minus)
+    def forward(x, minus): return _mean_2x2(x, minus)
+    @staticmethod
+    def setup_context(ctx, inputs, output): pass
     @staticmethod
     def backward(ctx, g): return F.interpolate(g/4, scale_factor=2., mode='nearest'), None
 
@@ -100,6 +106,14 @@ def _recipe(x, make, *reads):
         with torch.no_grad(), autocast: return make()
     return run
 
+def _once(backward):
+    "A backward pass that is not differentiated in its turn, and says so"
+    @wraps(backward)
+    def once(ctx, *gs):
+        if torch.is_grad_enabled(): raise RuntimeError('gradients of gradients want a resizer with recompute=False')
+        return backward(ctx, *gs)
+    return once
+
 def _check_unchanged(tensors, versions):
     if [o._version for o in tensors]!=versions: raise RuntimeError('what the backward pass of a resizer needs was changed in place after its forward pass')
 
@@ -133,7 +147,7 @@ class _Moments(Function):
         ctx.save_for_backward(x, mean)
         return mean, variances.mean(0)+(means-mean).square().mean(0)
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, g_mean, g_var):
         x,mean = ctx.saved_tensors
         n = x.numel()/x.shape[1]
@@ -147,7 +161,7 @@ class _Normalise(Function):
         ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, g):
         x,mean,var,weight = ctx.saved_tensors
         k,*maps = _wide(g, x)
@@ -173,10 +187,10 @@ def _track(bn, mean, var, n):
 class _Measured:
     "A BatchNorm that has measured `x`, to normalise maps with, from which `minus` was taken in each channel"
     def __init__(self, bn, x):
-        self.bn,self.minus = bn,0.
+        self.weight,self.bias,self.eps,self.minus = bn.weight,bn.bias,bn.eps,0.
         self.mean,self.var = _Moments.apply(x)
         _track(bn, self.mean, self.var, x.numel()/x.shape[1])
-    def __call__(self, x): return _Normalise.apply(x, self.mean-self.minus, self.var, self.bn.weight, self.bn.bias, self.bn.eps)
+    def __call__(self, x): return _Normalise.apply(x, self.mean-self.minus, self.var, self.weight, self.bias, self.eps)
 
 # %% ../nbs/01_resizer.ipynb #d25cac99
 norms = dict(batch=nn.BatchNorm2d, group=lambda n: nn.GroupNorm(math.gcd(4, n), n), none=lambda n: nn.Identity())
@@ -228,59 +242,23 @@ class SubpixelConv2d(nn.Conv2d):
         y = F.conv2d(x, weight.flatten(0, 1), torch.stack([self.bias]*4, dim=1).flatten(), stride=2, padding=self.padding)
         return F.pixel_shuffle(y, 2)
 
-# %% ../nbs/01_resizer.ipynb #d7e6ddfa
-@cache
-def _has_conv_leaky(dtype):
-    "Whether oneDNN has a convolution with a LeakyReLU at its end for this type"
-    one = torch.ones(1,1,1,1, dtype=dtype)
-    try: return torch.ops.mkldnn._convolution_pointwise(one, one, None, [0,0], [1,1], [1,1], 1, 'leaky_relu', [0.2], '') is not None
-    except (AttributeError, RuntimeError): return False
-
-class _ConvLeaky(Function):
-    "A convolution of stride 1 and its LeakyReLU; what comes out is kept, or `instead` in its place"
-    @staticmethod
-    def forward(ctx, x, weight, bias, dtype, padding, act, instead):
-        if x.device.type=='cpu' and act.inplace and dtype==weight.dtype and dtype in (torch.float32,torch.bfloat16) and _has_conv_leaky(dtype):
-            y = torch.ops.mkldnn._convolution_pointwise(x.to(dtype), weight, bias, padding, [1,1], [1,1], 1, 'leaky_relu', [act.negative_slope], '')
-        else: y = act(F.conv2d(x.to(dtype), weight, bias, padding=padding))
-        ctx.save_for_backward(x, weight, y if instead is None else instead)
-        ctx.padding,ctx.slope = padding,act.negative_slope
-        return y
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x,weight,y = ctx.saved_tensors
-        g = torch.ops.aten.leaky_relu_backward(g, y, ctx.slope, True)
-        grads = torch.ops.aten.convolution_backward(g, x.to(g.dtype), weight, weight.shape[:1], [1,1], ctx.padding, [1,1], False, [0,0], 1, ctx.needs_input_grad[:3])
-        return *grads, None, None, None, None
-
-def _is_conv_leaky(conv, act):
-    "Whether these are a convolution and an activation as `_ConvLeaky` computes them"
-    return type(conv) is nn.Conv2d and type(act) is nn.LeakyReLU and act.negative_slope>=0 and \
-        (conv.stride,conv.dilation,conv.groups,conv.padding_mode)==((1,1),(1,1),1,'zeros') and conv.bias is not None and not isinstance(conv.padding, str)
-
-def _conv_leaky(conv, act, x, instead=None):
-    "`act(conv(x))` in one step"
-    t,dtype,params = x.device.type,x.dtype,(conv.weight,conv.bias)
-    if torch.is_autocast_enabled(t):
-        dtype = dtype if dtype==torch.float64 else torch.get_autocast_dtype(t)
-        params = [o.to(dtype) for o in params]
-    return _ConvLeaky.apply(x, *params, dtype, conv.padding, act, instead)
-
 # %% ../nbs/01_resizer.ipynb #dd66a4b4
 def _lean_stem(stem, resize, x, size):
     "The small map of the stem, and its recipe"
     conv1,act1,conv2,act2,bn = stem
-    u = _conv_leaky(conv1, act1, x)
-    hidden = _recipe(u, lambda: _conv_leaky(conv2, act2, u))
-    large = _keeping(hidden, torch.empty(0), lambda o: _conv_leaky(conv2, act2, u, o))
+    t = x.device.type
+    dtype = torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) and x.dtype!=torch.float64 else x.dtype
+    u = act1(conv1(x) if dtype==x.dtype else _keeping(_recipe(x, lambda: x.to(dtype), x), x.to(dtype), conv1))
+    params = dict(conv2.named_parameters())   # of now, as everything in a recipe
+    hidden = _recipe(u, lambda: act2(functional_call(conv2, params, u)), *params.values())
+    large = _keeping(hidden, conv2(u), act2)
     def measured(x):
         norm = _Measured(bn, x)
         if not resize._halves(x, size): return norm, resize(x, size)
         norm.minus = norm.mean.detach().to(x.dtype)   # in half precision, small values keep more digits
         return norm, _halve(x, norm.minus)
     norm,small = _keeping(hidden, large, measured)
-    return norm(small), _recipe(small, lambda: norm(small), bn.bias)
+    return norm(small), _recipe(small, lambda: norm(small), norm.bias)
 
 def _lean_conv_norm(conv, bn, x, recipe):
     "What a convolution makes of `x`, whose `recipe` is kept, and the norm that has measured it"
@@ -290,14 +268,14 @@ def _lean_conv_norm(conv, bn, x, recipe):
 def _lean_block(block, x, recipe):
     "A residual block of `x`, and the recipe of what comes out"
     u,bn1 = _lean_conv_norm(block.conv1, block.bn1, x, recipe)
-    hidden = _recipe(u, lambda: block.act(bn1(u)), block.bn1.bias)
+    hidden = _recipe(u, lambda: block.act(bn1(u)), bn1.bias)
     v,bn2 = _lean_conv_norm(block.conv2, block.bn2, _keeping(hidden, bn1(u), block.act), hidden)
-    return x + bn2(v), _recipe(v, lambda: recipe()+bn2(v), block.bn2.bias)
+    return x + bn2(v), _recipe(v, lambda: recipe()+bn2(v), bn2.bias)
 
 def _lean_merge(merge, x, recipe, features, recipe_of_features):
     "What the blocks made, merged with what they were given, and its recipe"
     u,bn = _lean_conv_norm(*merge, x, recipe)
-    return features + bn(u), _recipe(u, lambda: recipe_of_features()+bn(u), merge[1].bias)
+    return features + bn(u), _recipe(u, lambda: recipe_of_features()+bn(u), bn.bias)
 
 def _lean(resizer, x, size):
     "What a resizer adds to the resized image, without the maps that are made again"
@@ -330,9 +308,9 @@ def _recomputes(resizer, x, size):
     if len(x)*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
     _,*parts = resizer.modules()
     if not all(type(b) is ResidualBlock for b in resizer.blocks) or any(map(_listened_to, parts)): return False
-    if len(resizer.stem)!=5 or not (_is_conv_leaky(*resizer.stem[:2]) and _is_conv_leaky(*resizer.stem[2:4])): return False
+    acts = [resizer.stem[1], resizer.stem[3], *[b.act for b in resizer.blocks]]
     own_norms = [resizer.stem[-1], resizer.merge[-1], *[o for b in resizer.blocks for o in (b.bn1,b.bn2)]]
-    return all(type(b.act) is nn.LeakyReLU and b.act.negative_slope>=0 for b in resizer.blocks) and all(map(_measures, own_norms))
+    return all(type(o) is nn.LeakyReLU and o.negative_slope>=0 for o in acts) and all(map(_measures, own_norms))
 
 # %% ../nbs/01_resizer.ipynb #307e9862
 class Resizer(nn.Module):
@@ -350,7 +328,7 @@ class Resizer(nn.Module):
         norm:str='batch', # 'batch' as in the paper; 'group' (of 4 groups) and 'none' keep no running statistics
         recompute:bool=True, # In the backward pass, make maps again that are a norm, an activation, a sum or the stem's second convolution away from a kept one: the same result in less memory, but for gradients of gradients, which want False
         skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
-        inplace:bool=True, # Activations overwrite what comes in, and those of the stem are computed with their convolution; the same up to rounding, in less memory and time
+        inplace:bool=True, # Activations overwrite what comes in; the same result in less memory
         halve:bool=True, # As for `FixedResizer`, in both resizes
         subpixel:bool=True, # Compute 2x2 pixels at a time in the last convolution; the same up to rounding, in less time
     ):
@@ -379,15 +357,44 @@ class Resizer(nn.Module):
         else:
             features = self.resize(self.stem(x), size)
             y = self.out(features + self.merge(self.blocks(features)))
-        return y + _skip(self, x, size)
+        return _skip(self, x, size) + y   # in the layout of the first
 
 
 
 # %% ../nbs/01_resizer.ipynb #502b34c4
-class ConvLeakyReLU2d(nn.Sequential):
-    "A convolution and its activation; in one step for a CPU, unless they are written down for another place"
-    def forward(self, x): return super().forward(x) if torch.jit.is_tracing() or torch.compiler.is_exporting() or not _is_conv_leaky(*self) else _conv_leaky(*self, x)
+def _has_pair(dtype):
+    "Whether oneDNN has a convolution with a LeakyReLU at its end for this type, on this machine"
+    one = torch.ones(1,1,1,1, dtype=dtype, device='cpu')
+    try: return torch.ops.mkldnn._convolution_pointwise(one, one, None, [0,0], [1,1], [1,1], 1, 'leaky_relu', [0.2], '') is not None
+    except (AttributeError, RuntimeError): return False
 
+_pair_types = [o for o in (torch.float32,torch.bfloat16) if _has_pair(o)]
+
+def _is_pair(conv, act, x):
+    "Whether both may be one step: plain layers that nobody listens to, on a CPU, without derivatives"
+    if x.device.type!='cpu' or x.ndim!=4 or torch.is_grad_enabled() or forward_ad._current_level>=0 or torch.jit.is_tracing() or torch.compiler.is_exporting(): return False
+    if (type(conv),type(act))!=(nn.Conv2d,nn.LeakyReLU) or any(_listened_to(o) or 'forward' in vars(o) for o in (conv,act)) or _has_any_global_hook(): return False
+    autocast = [torch.get_autocast_dtype('cpu')] if torch.is_autocast_enabled('cpu') else []
+    types = [x.dtype, conv.weight.dtype, *autocast]
+    return all(o in _pair_types for o in types) and (autocast or types[0]==types[1]) and conv.padding_mode=='zeros' and isinstance(conv.padding, tuple)
+
+def _pair(conv, act, x):
+    "`act(conv(x))`"
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    bias = None if conv.bias is None else conv.bias.to(dtype).contiguous()
+    return torch.ops.mkldnn._convolution_pointwise(x.to(dtype), conv.weight.to(dtype), bias, conv.padding, conv.stride, conv.dilation, conv.groups, 'leaky_relu', [act.negative_slope], '')
+
+class _Layers(nn.Sequential):
+    "Layers in a row, of which a convolution and a LeakyReLU are one where that can be"
+    def forward(self, x):
+        layers = [*self]
+        while layers:
+            f,*layers = layers
+            if layers and _is_pair(f, layers[0], x): x = _pair(f, layers.pop(0), x)
+            else: x = f(x)
+        return x
+
+# %% ../nbs/01_resizer.ipynb #a3990b43
 class FusedResizer(nn.Module):
     "A `Resizer` for inference, with one norm where it had several; made by `fuse`"
     def __init__(self,
@@ -397,8 +404,8 @@ class FusedResizer(nn.Module):
         r = deepcopy(resizer).eval()
         self.in_channels,self.size,self.resize,self.out,self.skip,self.skip_mode = r.in_channels,r.size,r.resize,r.out,r.skip,r.skip_mode
         *stem,self.norm = r.stem
-        self.stem = nn.Sequential(ConvLeakyReLU2d(*stem[:2]), ConvLeakyReLU2d(*stem[2:]))
-        self.blocks = nn.ModuleList([nn.Sequential(ConvLeakyReLU2d(fuse_conv_bn_eval(b.conv1, b.bn1), b.act), fuse_conv_bn_eval(b.conv2, b.bn2)) for b in r.blocks])
+        self.stem = _Layers(*stem)
+        self.blocks = nn.ModuleList([_Layers(fuse_conv_bn_eval(b.conv1, b.bn1), b.act, fuse_conv_bn_eval(b.conv2, b.bn2)) for b in r.blocks])
         self.merge = fuse_conv_bn_eval(*r.merge)
 
     def forward(self,
@@ -408,7 +415,7 @@ class FusedResizer(nn.Module):
         _check_input(x, self.in_channels)
         features = y = self.norm(self.resize(self.stem(x), size))
         for b in self.blocks: y = y + b(y)
-        return self.out(features + self.merge(y)) + _skip(self, x, size)
+        return _skip(self, x, size) + self.out(features + self.merge(y))
 
 def fuse(
     resizer:nn.Module, # A `Resizer` with `norm='batch'`; others come back as they are
