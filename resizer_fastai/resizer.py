@@ -357,7 +357,7 @@ class Resizer(nn.Module):
         else:
             features = self.resize(self.stem(x), size)
             y = self.out(features + self.merge(self.blocks(features)))
-        return _skip(self, x, size) + y   # in the layout of the first
+        return y + _skip(self, x, size)
 
 
 
@@ -415,7 +415,7 @@ class FusedResizer(nn.Module):
         _check_input(x, self.in_channels)
         features = y = self.norm(self.resize(self.stem(x), size))
         for b in self.blocks: y = y + b(y)
-        return _skip(self, x, size) + self.out(features + self.merge(y))
+        return self.out(features + self.merge(y)) + _skip(self, x, size)
 
 def fuse(
     resizer:nn.Module, # A `Resizer` with `norm='batch'`; others come back as they are
