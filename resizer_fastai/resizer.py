@@ -46,13 +46,23 @@ def _check_input(x, channels=None):
     if channels is not None and channels!=x.shape[1]: raise ValueError(f'this resizer takes {channels} channels: got {x.shape[1]}, in a batch of shape {tuple(x.shape)}')
 
 # %% ../nbs/01_resizer.ipynb #3ead5613
-def _as_convolution(x): return x.device.type=='cpu' and x.dtype in (torch.float32,torch.bfloat16) and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+def _as_convolution(x): return x.device.type=='cpu' and x.dtype in (torch.float32,torch.bfloat16) and not torch.jit.is_tracing()
 
 def _mean_2x2(x, minus=None):
     "Means of 2x2 pixels, from which `minus` is taken in each channel; for a CPU as a convolution, which is several times as fast there as pooling, and rounds once"
     C = x.shape[1]
     if not _as_convolution(x): return F.avg_pool2d(x, 2) - (0 if minus is None else minus.view(C,1,1))
     with torch.autocast('cpu', enabled=False): return F.conv2d(x, x.new_full((C,1,2,2), 0.25), None if minus is None else -minus, stride=2, groups=C)
+
+def _spread(g): return F.interpolate(g/4, scale_factor=2., mode='nearest')
+
+@torch.library.custom_op('resizer_fastai::spread', mutates_args=())
+def _spread_alone(g:Tensor) -> Tensor:
+    "`_spread`, which a compiler leaves as it is: it does worse on a CPU"
+    return _spread(g)
+
+@_spread_alone.register_fake
+def _(g): return _spread(g)
 
 class _Halve(Function):
     "`_mean_2x2`, of which the backward pass needs nothing; `minus` is a constant"
@@ -62,7 +72,7 @@ class _Halve(Function):
     @staticmethod
     def setup_context(ctx, inputs, output): pass
     @staticmethod
-    def backward(ctx, g): return F.interpolate(g/4, scale_factor=2., mode='nearest'), None
+    def backward(ctx, g): return (_spread_alone if g.device.type=='cpu' and torch.compiler.is_compiling() else _spread)(g), None
 
 def _halve(x, minus=None): return _Halve.apply(x, minus) if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing() else _mean_2x2(x, minus)   # a trace, as TensorBoard draws it, wants plain layers
 
@@ -285,21 +295,77 @@ def _lean(resizer, x, size):
     return _keeping(recipe, y, resizer.out)
 
 # %% ../nbs/01_resizer.ipynb #1d3ee689
-def _again(steps, x, after=noop):
-    "`after` of layers and a BatchNorm at their end, made again in the backward pass"
-    *layers,bn = steps
-    def run(x):
-        for f in layers: x = f(x)
-        y,mean,rstd = torch.native_batch_norm(x, bn.weight, bn.bias, None, None, True, 0., bn.eps)
-        return after(y), mean, rstd, x.numel()//x.shape[1]
-    y,mean,rstd,n = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-    _track(bn, mean, rstd**-2-bn.eps, n)
-    return y
+def _wider(x):
+    "A map with eight neighbours in a row as channels, for a CPU"
+    return _pixels_to_channels(x, 8 if x.device.type=='cpu' and x.shape[3]%8==0 and x.is_contiguous(memory_format=torch.channels_last) else 1)
+
+def _as_channels(o, y):
+    "A value for each channel, for all of a wide map; a compiler computes what is seen with strides beforehand"
+    n = y.shape[1]
+    return o.repeat(n//len(o)).as_strided((1,n,1,1), (n,1,1,1))
+
+def _affine(y, a, b):
+    z = y*_as_channels(a, y)+_as_channels(b, y)
+    return z if z.dtype==y.dtype else z.to(y.dtype)   # PyTorch 2.11 compiles no gradient of what is cast to its own type
+
+def _sums(y, n): return y.sum(3).sum((0,2)).view(-1,n).sum(0)
+
+class _WideMoments(Function):
+    "`_Moments` of a wide map of `n` channels, as sums of differences to one pixel"
+    @staticmethod
+    def forward(ctx, y, n):
+        pixel = y[0,:n,0,0].to(torch.promote_types(y.dtype, torch.float32))
+        d = y-_as_channels(pixel, y)
+        off,square = [_sums(o, n)*n/y.numel() for o in (d,d.square())]
+        mean = pixel+off
+        ctx.save_for_backward(y, mean)
+        return mean, square-off.square()
+    @staticmethod
+    def backward(ctx, g_mean, g_var):
+        y,mean = ctx.saved_tensors
+        share = len(mean)/y.numel()
+        return _affine(y, 2*g_var*share, (g_mean-2*g_var*mean)*share), None
+
+class _WideNormalise(Function):
+    "`_Normalise` of a wide map"
+    @staticmethod
+    def forward(ctx, y, mean, var, weight, bias, eps):
+        ctx.save_for_backward(y, mean, var, weight)
+        ctx.eps = eps
+        scale = weight*(var+eps).rsqrt()
+        return _affine(y, scale, bias-mean*scale)
+    @staticmethod
+    def backward(ctx, g):
+        y,mean,var,weight = ctx.saved_tensors
+        n,rstd,wide = len(mean),(var+ctx.eps).rsqrt(),g.to(mean.dtype)
+        gw,gb = _sums(wide*(y-_as_channels(mean, y)), n)*rstd,_sums(wide, n)
+        return (g*_as_channels(weight*rstd, y)).to(y.dtype), -gb*weight*rstd, -gw*weight*rstd**2/2, gw, gb, None
+
+# %% ../nbs/01_resizer.ipynb #bc43f6a4
+def _wide_moments(bn, y):
+    "What `bn` normalises with that has measured the wide map `y`"
+    n = bn.num_features
+    mean,var = _WideMoments.apply(y, n)
+    _track(bn, mean, var, y.numel()//n)
+    return mean, var, bn.weight, bn.bias, bn.eps
+
+def _again(f, *xs): return checkpoint(f, *xs, use_reentrant=False, preserve_rng_state=False)
 
 def _compiled(resizer, x, size):
-    "The same for a compiler"
-    features = _again(resizer.stem, x, lambda y: resizer.resize(y, size))
-    return resizer.out(features + _again(resizer.merge, resizer.blocks(features)))
+    "`_lean` for a compiler"
+    conv1,act1,conv2,act2,bn = resizer.stem
+    def plain(y): return _channels_to_pixels(y, y.shape[1]//bn.num_features)
+    def conv(layer, y): return _wider(layer(plain(y)))
+    def conv_norm(layer, bn, y):
+        y = conv(layer, y)
+        return _WideNormalise.apply(y, *_wide_moments(bn, y))
+    large = _again(lambda u: act2(_wider(conv2(u))), act1(conv1(x)))
+    start = y = _WideNormalise.apply(_wider(resizer.resize(plain(large), size)), *_wide_moments(bn, large))
+    for b in resizer.blocks:
+        u = conv(b.conv1, y)
+        u = _again(lambda *o, act=b.act: act(_WideNormalise.apply(*o)), u, *_wide_moments(b.bn1, u))
+        y = y + conv_norm(b.conv2, b.bn2, u)
+    return resizer.out(plain(start + conv_norm(*resizer.merge, y)))
 
 # %% ../nbs/01_resizer.ipynb #bbb5e8b1
 def _recomputes(resizer, x, size):

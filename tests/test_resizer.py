@@ -58,6 +58,23 @@ def test_compiled_twice_for_all_sizes(dynamic):
         graphs.append(compiler.frame_count)
     assert 0 < graphs[0] < graphs[1] == graphs[2] == graphs[3]
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('shape,size,args', [((2, 3, 32, 48), (16, 24), {}), ((1, 3, 32, 32), 16, dict(num_kernels=5)), ((2, 3, 33, 31), 16, {}), ((2, 3, 36, 28), (18, 14), dict(inplace=False, num_resblocks=0)),
+                                             ((2, 3, 40, 40), 16, dict(antialias=True)), ((2, 3, 32, 32), 16, dict(negative_slope=0.)), ((2, 3, 32, 32), 8, dict(out_channels=12))])
+def test_compiled_is_the_plain_one(layout, shape, size, args):
+    "In double precision, in which only a mistake is seen"
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = Resizer(size, **args, recompute=False).double().to(memory_format=layout)
+    for b in plain.modules():
+        if isinstance(b, nn.BatchNorm2d): nn.init.normal_(b.weight), nn.init.normal_(b.bias), b.running_mean.normal_()
+    compiled = Resizer(size, **args).double().to(memory_format=layout)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile(fullgraph=True, backend='aot_eager')
+    x = (torch.rand(shape, dtype=torch.double)+3).to(memory_format=layout)   # far from zero, where variances are lost first
+    for a, b in zip(grads(plain, x), grads(compiled, x), strict=True): torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
+    for a, b in zip(plain.buffers(), compiled.buffers(), strict=True): torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('autocast', [False, True])
 def test_modules_of_other_precision(dtype, autocast):
