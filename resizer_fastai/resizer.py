@@ -253,11 +253,15 @@ class SubpixelConv2d(nn.Conv2d):
         return F.pixel_shuffle(y, 2)
 
 # %% ../nbs/01_resizer.ipynb #dd66a4b4
+def _autocast_dtype(x):
+    "What a convolution casts `x` to"
+    t = x.device.type
+    return torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) and x.dtype!=torch.float64 else x.dtype
+
 def _lean_stem(stem, resize, x, size):
     "The small map of the stem, and its recipe"
     conv1,act1,conv2,act2,bn = stem
-    t = x.device.type
-    dtype = torch.get_autocast_dtype(t) if torch.is_autocast_enabled(t) and x.dtype!=torch.float64 else x.dtype
+    dtype = _autocast_dtype(x)
     u = act1(conv1(x) if dtype==x.dtype else _keeping(_recipe(x, lambda: x.to(dtype), x), x.to(dtype), conv1))
     params = dict(conv2.named_parameters())   # of now, as everything in a recipe
     hidden = _recipe(u, lambda: act2(functional_call(conv2, params, u)), *params.values())
@@ -354,18 +358,17 @@ def _again(f, *xs): return checkpoint(f, *xs, use_reentrant=False, preserve_rng_
 def _compiled(resizer, x, size):
     "`_lean` for a compiler"
     conv1,act1,conv2,act2,bn = resizer.stem
+    norm = _WideNormalise.apply
     def plain(y): return _channels_to_pixels(y, y.shape[1]//bn.num_features)
-    def conv(layer, y): return _wider(layer(plain(y)))
-    def conv_norm(layer, bn, y):
-        y = conv(layer, y)
-        return _WideNormalise.apply(y, *_wide_moments(bn, y))
-    large = _again(lambda u: act2(_wider(conv2(u))), act1(conv1(x)))
-    start = y = _WideNormalise.apply(_wider(resizer.resize(plain(large), size)), *_wide_moments(bn, large))
-    for b in resizer.blocks:
-        u = conv(b.conv1, y)
-        u = _again(lambda *o, act=b.act: act(_WideNormalise.apply(*o)), u, *_wide_moments(b.bn1, u))
-        y = y + conv_norm(b.conv2, b.bn2, u)
-    return resizer.out(plain(start + conv_norm(*resizer.merge, y)))
+    def step(conv, bn, x, after, *more):
+        u = _wider(conv(x))
+        return plain(_again(lambda *o: after(norm(*o[:6]), *o[6:]), u, *_wide_moments(bn, u), *map(_wider, more)))
+    u = act1(conv1(_again(Tensor.to, x, _autocast_dtype(x))))
+    large = _again(lambda u: act2(_wider(conv2(u))), u)
+    small = resizer.resize(plain(large), size)
+    start = y = plain(_again(norm, _wider(small), *_wide_moments(bn, large)))
+    for b in resizer.blocks: y = step(b.conv2, b.bn2, step(b.conv1, b.bn1, y, b.act), torch.add, y)
+    return resizer.out(step(*resizer.merge, y, torch.add, start))
 
 # %% ../nbs/01_resizer.ipynb #bbb5e8b1
 def _recomputes(resizer, x, size):
