@@ -75,6 +75,22 @@ def test_compiled_is_the_plain_one(layout, shape, size, args):
     for a, b in zip(grads(plain, x), grads(compiled, x), strict=True): torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
     for a, b in zip(plain.buffers(), compiled.buffers(), strict=True): torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
 
+@pytest.mark.skipif(torch.__version__ < '2.15', reason='what PyTorch 2.11 compiles keeps more')
+@pytest.mark.parametrize('autocast', [False, True])
+def test_compiled_keeps_no_more(autocast):
+    torch._dynamo.reset()
+    plain, x = Resizer(64).to(memory_format=torch.channels_last), torch.rand(2, 3, 128, 128).to(memory_format=torch.channels_last)
+    compiled = deepcopy(plain)
+    compiled.compile(fullgraph=True, backend='aot_eager_decomp_partition')   # with the partition into forward and backward that goes with PyTorch's own compiler
+    def kept(resizer):
+        sizes = {x.data_ptr(): 0}
+        def note(t):
+            sizes.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
+            return t
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): y = resizer(x)   # which keeps them alive
+        return sum(sizes.values())
+    assert kept(compiled) <= 1.05*kept(plain)
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('autocast', [False, True])
 def test_modules_of_other_precision(dtype, autocast):
