@@ -362,7 +362,8 @@ def _compiled(resizer, x, size):
     def plain(y): return _channels_to_pixels(y, y.shape[1]//bn.num_features)
     def step(conv, bn, x, after, *more):
         u = _wider(conv(x))
-        return plain(_again(lambda *o: after(norm(*o[:6]), *o[6:]), u, *_wide_moments(bn, u), *map(_wider, more)))
+        more = [_pixels_to_channels(o, u.shape[1]//o.shape[1]) for o in more]
+        return plain(_again(lambda *o: after(norm(*o[:6]), *o[6:]), u, *_wide_moments(bn, u), *more))
     u = act1(conv1(_again(Tensor.to, x, _autocast_dtype(x))))
     large = _again(lambda u: act2(_wider(conv2(u))), u)
     small = resizer.resize(plain(large), size)
