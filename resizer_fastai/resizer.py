@@ -315,15 +315,15 @@ def _affine(y, a, b):
 def _sums(y, n): return y.sum(3).sum((0,2)).view(-1,n).sum(0)
 
 class _WideMoments(Function):
-    "`_Moments` of a wide map of `n` channels, as sums of differences to one pixel"
+    "`_Moments` of a wide map of `n` channels, as sums of differences to the mean of a few pixels"
     @staticmethod
     def forward(ctx, y, n):
-        pixel = y[0,:n,0,0].to(torch.promote_types(y.dtype, torch.float32))
-        d = y-_as_channels(pixel, y)
+        near = y[0,:n].narrow(1, y.shape[2]//2, 1).to(torch.promote_types(y.dtype, torch.float32)).mean((1,2))
+        d = y-_as_channels(near, y)
         off,square = [_sums(o, n)*n/y.numel() for o in (d,d.square())]
-        mean = pixel+off
+        mean = near+off
         ctx.save_for_backward(y, mean)
-        return mean, square-off.square()
+        return mean, (square-off.square()).clamp(min=0)
     @staticmethod
     def backward(ctx, g_mean, g_var):
         y,mean = ctx.saved_tensors

@@ -75,6 +75,19 @@ def test_compiled_is_the_plain_one(layout, shape, size, args):
     for a, b in zip(grads(plain, x), grads(compiled, x), strict=True): torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
     for a, b in zip(plain.buffers(), compiled.buffers(), strict=True): torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
 
+@pytest.mark.parametrize('at', [(0,0), (128,64), (128,)], ids=['corner','middle','row'])
+def test_compiled_measures_what_is_nearly_constant(at):
+    torch._dynamo.reset()
+    resizer = Resizer(128, negative_slope=1, num_resblocks=0).to(memory_format=torch.channels_last)
+    for conv in resizer.stem[0], resizer.stem[2]: nn.init.dirac_(conv.weight), nn.init.zeros_(conv.bias)
+    x = torch.full((2,3,256,256), 5.).to(memory_format=torch.channels_last)
+    x[0,:,*at] = 1e3
+    plain = deepcopy(resizer).double()
+    plain(x.double())
+    resizer.compile(fullgraph=True, backend='aot_eager')
+    assert resizer(x).isfinite().all()
+    torch.testing.assert_close(resizer.stem[-1].running_var.double(), plain.stem[-1].running_var, rtol=1e-4, atol=0)
+
 @pytest.mark.skipif(torch.__version__ < '2.15', reason='what PyTorch 2.11 compiles keeps more')
 @pytest.mark.parametrize('autocast', [False, True])
 def test_compiled_keeps_no_more(autocast):
