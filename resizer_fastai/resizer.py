@@ -76,6 +76,28 @@ class _Halve(Function):
 
 def _halve(x, minus=None): return _Halve.apply(x, minus) if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing() else _mean_2x2(x, minus)   # a trace, as TensorBoard draws it, wants plain layers
 
+@torch.library.custom_op('resizer_fastai::interpolate_backward', mutates_args=())
+def _interpolate_backward(g:Tensor, h:int, w:int, mode:str) -> Tensor:
+    "Of `_Interpolate`, for a compiler to leave as it is: its own adds pixel by pixel"
+    return getattr(torch.ops.aten, f'upsample_{mode}2d_backward')(g, g.shape[-2:], (*g.shape[:2],h,w), False)
+
+@_interpolate_backward.register_fake
+def _(g, h, w, mode): return F.interpolate(g, (h,w))
+
+class _Interpolate(Function):
+    "`F.interpolate`, bilinear or bicubic"
+    @staticmethod
+    def forward(ctx, x, size, mode):
+        ctx.args = *x.shape[-2:],mode
+        return F.interpolate(x, size, mode=mode)
+    @staticmethod
+    def backward(ctx, g): return _interpolate_backward(g, *ctx.args), None, None
+
+def _interpolate(x, size, mode, antialias):
+    compiles = x.device.type=='cpu' and x.requires_grad and torch.is_grad_enabled() and torch.compiler.is_compiling()
+    if compiles and mode in ('bilinear','bicubic') and not antialias: return _Interpolate.apply(x, size, mode)
+    return F.interpolate(x, size, mode=mode, antialias=antialias)
+
 # %% ../nbs/01_resizer.ipynb #9afca9f3
 class FixedResizer(nn.Module):
     "A resize without parameters, `F.interpolate` with half-pixel centres: the control in every experiment"
@@ -100,7 +122,7 @@ class FixedResizer(nn.Module):
         size = self.size if size is None else _check_size(size)
         if self._halves(x, size): return _halve(x)
         half = self.antialias and x.device.type=='cpu' and x.dtype==torch.bfloat16   # PyTorch has no such kernel
-        y = F.interpolate(x.float() if half else x, size, mode=self.interpolate_mode, antialias=self.antialias)
+        y = _interpolate(x.float() if half else x, size, self.interpolate_mode, self.antialias)
         return y.to(x.dtype)
 
     def extra_repr(self): return f'{self.size}, {self.interpolate_mode!r}, antialias={self.antialias}'

@@ -59,7 +59,7 @@ def test_compiled_twice_for_all_sizes(dynamic):
     assert 0 < graphs[0] < graphs[1] == graphs[2] == graphs[3]
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('shape,size,args', [((2, 3, 32, 48), (16, 24), {}), ((1, 3, 32, 32), 16, dict(num_kernels=5)), ((2, 3, 33, 31), 16, {}), ((2, 3, 36, 28), (18, 14), dict(inplace=False, num_resblocks=0)),
+@pytest.mark.parametrize('shape,size,args', [((2, 3, 32, 48), (16, 24), {}), ((1, 3, 32, 32), 16, dict(num_kernels=5)), ((2, 3, 33, 31), 16, {}), ((2, 3, 33, 31), 16, dict(interpolate_mode='bicubic')), ((2, 3, 36, 28), (18, 14), dict(inplace=False, num_resblocks=0)),
                                              ((2, 3, 40, 40), 16, dict(antialias=True)), ((2, 3, 48, 48), 16, dict(interpolate_mode='area')), ((2, 3, 32, 32), 16, dict(negative_slope=0.)), ((2, 3, 32, 32), 8, dict(out_channels=12))])
 def test_compiled_is_the_plain_one(layout, shape, size, args):
     "In double precision, in which only a mistake is seen"
