@@ -6,7 +6,7 @@
 __all__ = ['arm_names', 'paired_interval', 'image_interval', 'smallest_effect', 'cell_options', 'arm_and_seed',
            'complete_options', 'run_cell', 'collect_cells', 'difference', 'results_table', 'runs_table',
            'markdown_rows', 'people_rows', 'markdown_table', 'write_tables', 'explain_difference', 'disagreements',
-           'compare_runs', 'transfer_resizer', 'plot_runs', 'comparison_report', 'resizer_compare']
+           'compare_runs', 'transfer_resizer', 'plot_runs', 'comparison_report', 'train_cells', 'resizer_compare']
 
 # %% ../nbs/05_compare.ipynb #da84b211
 from fastai.vision.all import *
@@ -16,7 +16,7 @@ from .data import UsageError, cli_command, get_path, parse_size
 from .resizer import make_resizer
 from .learner import Frozen, ResizerClassifier
 from .show import draw_image, figure_text, picture, plain_text, resized_views, section, value_range, write_report
-from .train import changed_since, command_of, finished_run, is_finished, made_with, only_process, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure, started_run
+from .train import changed_since, check_alike, check_options, command_of, finished_run, is_finished, made_with, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure, start_folder, started_run, train_run
 
 # %% ../nbs/05_compare.ipynb #c106d16d
 def paired_interval(
@@ -34,7 +34,8 @@ def image_interval(
     d:np.ndarray, # Difference of each validation image, in points
 ) -> tuple: # Lower and upper end of the 95 % interval of the mean
     "Bootstrap over images: 2000 resamples, percentiles"
-    ci = stats.bootstrap((d,), np.mean, n_resamples=2000, method='percentile', rng=np.random.default_rng(0)).confidence_interval
+    if len(d)<2: return -math.inf, math.inf
+    ci = stats.bootstrap((d,), np.mean, n_resamples=2000, batch=100, method='percentile', rng=np.random.default_rng(0)).confidence_interval
     return ci.low, ci.high
 
 def smallest_effect(
@@ -73,31 +74,44 @@ def complete_options(
 ) -> dict:
     "All options of a run, those left out with their defaults, as `run.json` holds them"
     options = _defaults | options
-    return options | {k: parse_size(options[k]) for k in ('size','out')}
+    return options | {k: parse_size(options[k]) for k in ('size','out')} | {k: options[k] and str(options[k]) for k in ('data','start')}
 
-def _move_aside(path, changed):
-    "Keep a run that was made otherwise under another name"
-    aside = next(o for i in itertools.count(1) if not (o := path.with_name(f'{path.name}.old-{i}')).exists())
-    with only_process(path): path.rename(aside)
-    print(f'{path}: was started with {"; ".join(changed)}; moved to {aside.name} and run afresh')
+def _cell_path(root, options): return root/run_name(*[options[o] for o in ('data','arch','resizer','seed')])
+
+def _is_made(path, options):
+    run = started_run(path)
+    return run and not changed_since(run, options) and is_finished(path, run)
 
 def run_cell(
     root:Path, # Folder of the comparison
+    like:Path=None, # Folder of a run that this one is to be compared with
     **options # Of `resizer_train`
 ) -> Path: # Folder of the run
     "Train one cell, unless it is there already; go on with it if it was interrupted"
     options = complete_options(**options)
-    path = root/run_name(*[options[o] for o in ('data','arch','resizer','seed')])
-    if run := started_run(path):
-        changed = changed_since(run, options)
-        if not changed and is_finished(path, run):
-            print(f'{path}: finished before, with the same options and versions')
-            return path
-        if changed: _move_aside(path, changed)
-    resizer_train(**options, runs=str(root), resume=True)
+    check_options(options)
+    path = _cell_path(root, options)
+    if _is_made(path, options): print(f'{path}: finished before, with the same options and versions')
+    else: train_run(path, options, afresh=True, like=like)
     return path
 
 # %% ../nbs/05_compare.ipynb #6c150470
+def _correct(path):
+    "Which validation images the run in `path` gets right, by file name"
+    preds = np.load(path/'preds.npz')
+    return pd.Series(preds['probs'].argmax(1)==preds['targets'], index=preds['names'])
+
+def _check_comparable(found):
+    "Raise if runs, folder -> `run.json`, differ in more than arm and seed, and the machine, or if one of them is broken"
+    options = lambda r: {k:v for k,v in r['args'].items() if k not in ('resizer','seed','data')}   # which may lie elsewhere
+    for i,(p,r) in enumerate(found.items()):
+        if not i: first_path,first_run = p,r
+        if options(r)!=options(first_run): raise UsageError(f'{p.name} has other options than {first_path.name}: {r["command"]}; {first_run["command"]}')
+        check_alike(p, r, first_path, first_run)
+        for name,read in {'preds.npz': lambda _: _correct(p), 'metrics.csv': lambda file: pd.read_csv(file)[['seconds','accuracy']].iloc[-1]}.items():
+            try: read(p/name)
+            except Exception as e: raise UsageError(f'{p/name} cannot be read: {e or "it is broken"}; remove {p}, and the same command makes that run again') from e
+
 def collect_cells(
     root:Path, # Folder of a comparison
 ) -> dict: # Arm -> folders of its runs, in the order of the seeds
@@ -105,21 +119,13 @@ def collect_cells(
     found = {p: read_run(p) for p in sorted(root.glob('*')) if (p/'run.json').exists() and '.old-' not in p.name}
     found = {p: r for p,r in found.items() if is_finished(p, r)}
     if not found: raise UsageError(f'no finished run in {root}')
-    options = lambda r: {k:v for k,v in r['args'].items() if k not in ('resizer','seed')}
-    (first_path,first_run),*others = found.items()
-    for p,r in others:
-        if options(r)!=options(first_run): raise UsageError(f'{p.name} has other options than {first_path.name}: {r["command"]}; {first_run["command"]}')
-        if r['data']['fingerprint']!=first_run['data']['fingerprint']: raise UsageError(f'{p.name} has other images than {first_path.name}')
-        if r['precision']!=first_run['precision']: raise UsageError(f'{p.name} was made in {r["precision"]}, and {first_path.name} in {first_run["precision"]}')
+    _check_comparable(found)
+    twice = [o for o in groupby(found, lambda p: arm_and_seed(found[p])).items() if len(o[1])>1]
+    for (arm,seed),paths in twice: raise UsageError(f'{" and ".join(p.name for p in paths)} are all {arm} with seed {seed}: leave one of them')
     cells = groupby(sorted(found, key=lambda p: arm_and_seed(found[p])[1]), lambda p: arm_and_seed(found[p])[0])
     return {arm: list(cells[arm]) for arm in sorted(cells, key=lambda o: (arm_names.index(o.split('+')[0]), o))}
 
 # %% ../nbs/05_compare.ipynb #6e0735e7
-def _correct(path):
-    "Which validation images the run in `path` gets right, by file name"
-    preds = np.load(path/'preds.npz')
-    return pd.Series(preds['probs'].argmax(1)==preds['targets'], index=preds['names'])
-
 def _seeds(paths): return {arm_and_seed(read_run(p))[1]: p for p in paths}
 
 def difference(
@@ -150,7 +156,7 @@ def results_table(
         rows.append(dict(arm=arm, seeds=len(runs), accuracy=np.mean(acc), sd=np.std(acc, ddof=1) if len(acc)>1 else math.nan,
                          **(difference(paths, cells[base]) if arm!=base else {}), parameters=runs[0]['parameters']['resizer'], multiply_adds=runs[0]['multiply_adds']['all'],
                          **{k: np.mean([r['metrics'][k] for r in runs]) for k in ('seconds','train_images_per_second','inference_images_per_second')},
-                         peak_memory=max(r['metrics']['peak_memory'] or math.nan for r in runs)))
+                         peak_memory=max((o for r in runs if (o := r['metrics']['peak_memory'])), default=math.nan)))
     columns = ['arm','seeds','accuracy','sd','difference','low','high','image_low','image_high','pairs','smallest']
     return pd.DataFrame(rows, columns=columns + [k for k in rows[0] if k not in columns])
 
@@ -164,7 +170,7 @@ def runs_table(
         run = read_run(path)
         m,v = run['metrics'],run['versions']
         rows.append(dict(arm=arm_and_seed(run)[0], seed=run['args']['seed'], accuracy=round(100*m['accuracy'], 4), valid_loss=round(m['valid_loss'], 4), seconds=m['seconds'],
-                         device=run['device'], precision=run['precision'], torch=v['torch'], fastai=v['fastai'], data=run['data']['fingerprint'], command=run['command']))
+                         device=run['device'], precision=run['precision'], torch=v['torch'], fastai=v['fastai'], resizer_fastai=v['resizer_fastai'], data=run['data']['fingerprint'], command=run['command']))
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_compare.ipynb #faa69c59
@@ -183,7 +189,7 @@ def people_rows(
     "The table for people"
     def cells(r):
         sd = '' if math.isnan(r.sd) else f' ± {r.sd:.2f}'
-        pairs = f', {r.pairs:.0f} pairs' if 1<r.pairs<r.seeds else ''
+        pairs = f', {r.pairs:.0f} pair{"s"*(r.pairs>1)}' if 0<r.pairs<r.seeds else ''
         diff,images = [f'{r.difference:+.2f} ({r.low:+.2f} to {r.high:+.2f}{pairs})', f'{r.image_low:+.2f} to {r.image_high:+.2f}'] if r.pairs>0 else ['','']
         memory = '' if math.isnan(r.peak_memory) else f'{r.peak_memory/1e6:.0f}'
         return [r.arm, f'{r.accuracy:.2f}{sd}', r.seeds, diff, images, r.parameters, f'{r.multiply_adds/1e9:.3g}', f'{r.seconds:.0f}',
@@ -369,14 +375,28 @@ def comparison_report(
     return write_report(root/'report.html', root.name, [_source_line(cells)], [], [o for o in sections if o['pictures'] or o['table']])
 
 # %% ../nbs/05_compare.ipynb #b5aa5d59
-def _list(s, kind, what):
-    "The values in the comma-separated `s`"
-    try: res = [kind(o.strip()) for o in str(s).split(',')]
-    except ValueError: res = []
-    if not res or len(set(res))<len(res): raise UsageError(f'{what} is a list such as 0,1,2 without repeats: got {s}')
+def train_cells(
+    root:Path, # Folder of the comparison
+    wanted:list, # Arm and complete options of each cell
+) -> list: # Arm and folder of each cell
+    "Train those that are not there already; what would make them no comparison is said before"
+    for _,o in wanted:
+        if o['start']: finished_run(start_folder(o))
+    made = {p: read_run(p) for _,o in wanted if _is_made(p := _cell_path(root, o), o)}
+    _check_comparable(made)
+    res = []
+    for arm,o in wanted: res.append((arm, run_cell(root, like=first([*made, *[p for _,p in res]]), **o)))
     return res
 
 # %% ../nbs/05_compare.ipynb #40534bdf
+def _list(s, kind, what, such):
+    "The values in the comma-separated `s`"
+    try: res = [kind(o.strip()) for o in str(s).split(',')]
+    except ValueError: res = []
+    if not all(map(str, res)) or not res or len(set(res))<len(res): raise UsageError(f'{what} is a list such as {such} without repeats: got {s or "nothing"}')
+    return res
+
+# %% ../nbs/05_compare.ipynb #ffd1cad6
 @cli_command
 @delegates(resizer_train, but=['resizer','seed','resume'])
 def resizer_compare(
@@ -394,18 +414,19 @@ def resizer_compare(
     "Train each arm with each seed, everything else equal, and hold the arms against one of them"
     data = str(data)
     kwargs.pop('debug', None)   # `main` sees to it
-    arms,seeds = _list(arms, str, 'arms'),_list(seeds, int, 'seeds')
+    arms,seeds = _list(arms, str, 'arms', 'bilinear,learned'),_list(seeds, int, 'seeds', '0,1,2')
     unknown = [o for o in arms if o.split('+')[0] not in arm_names]
     if unknown: raise UsageError(f'no resizer {", ".join(unknown)}: there are {", ".join(arm_names)}')
     if not all(0<=o<1000 for o in seeds): raise UsageError(f'a seed of a comparison is a number from 0 to 999: got {", ".join(map(str, seeds))}')
     root = Path(runs)/(name or f'compare-{Path(data).expanduser().resolve().name}-{arch}')
-    wanted = [(arm, dict(data=data, arch=arch, **cell_options(arm, seed)) | kwargs) for seed in seeds for arm in arms]
-    if dry_run: return print('\n'.join(f'{command_of(complete_options(**o))} --runs {shlex.quote(str(root))} --resume' for _,o in wanted))
+    wanted = [(arm, complete_options(**dict(data=data, arch=arch, **cell_options(arm, seed)) | kwargs)) for seed in seeds for arm in arms]
+    for _,o in wanted: check_options(o)
+    if dry_run: return print('\n'.join(f'{command_of(o)} --runs {shlex.quote(str(root))} --resume' for _,o in wanted))
     cells = collect_cells(root) if collect else {arm:[] for arm in arms}
     base = base or ('bilinear' if 'bilinear' in cells else first(cells))
     if base not in cells: raise UsageError(f'no runs of the arm {base}, which the others are to be held against: there are {", ".join(cells)}')
     if not collect:
-        for arm,o in wanted: cells[arm].append(run_cell(root, **o))
+        for arm,path in train_cells(root, wanted): cells[arm].append(path)
     df = results_table(cells, base)
     said = [explain_difference(row, df[df.arm==base].iloc[0], read_run(cells[base][0])['data']['valid']) for row in df.itertuples() if row.arm!=base]
     write_tables(root, cells, df, said)

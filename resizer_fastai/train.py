@@ -7,8 +7,8 @@ __all__ = ['plain_head', 'optimizers', 'schedules', 'NumberLosses', 'recipe_lear
            'fit_recipe', 'data_fingerprint', 'device_name', 'code_fingerprint', 'versions', 'multiply_adds',
            'command_of', 'describe_run', 'save_run', 'plot_curves', 'save_figure', 'save_pictures', 'run_pictures',
            'read_run', 'started_run', 'finished_run', 'made_with', 'run_report', 'run_name', 'is_finished',
-           'changed_since', 'start_run', 'finish_run', 'only_process', 'check_options', 'keep_memory', 'train_run',
-           'resizer_train', 'load_run']
+           'changed_since', 'check_alike', 'move_aside', 'start_run', 'finish_run', 'only_process', 'check_options',
+           'keep_memory', 'start_folder', 'train_run', 'resizer_train', 'load_run']
 
 # %% ../nbs/04_train.ipynb #66b62f42
 from fastai.vision.all import *
@@ -101,6 +101,7 @@ class MetricsLog(Callback):
     def __init__(self): self.rows = []
     def before_train(self): self.start = time.perf_counter()
     def after_train(self): self.train_seconds = time.perf_counter()-self.start
+    def write(self): pd.DataFrame(self.rows).to_csv(self.learn.path/'metrics.csv', index=False)
     def after_epoch(self):
         if hasattr(self.learn, 'gather_preds') or not hasattr(self, 'train_seconds'): return
         names = [o for o in self.recorder.metric_names if o not in ('epoch','time')]
@@ -108,7 +109,7 @@ class MetricsLog(Callback):
                    seconds=round(time.perf_counter()-self.start, 3),
                    train_images_per_second=round(len(self.dls.train)*self.dls.train.bs/self.train_seconds, 2))
         self.rows.append(row)
-        pd.DataFrame(self.rows).to_csv(self.learn.path/'metrics.csv', index=False)
+        self.write()
         if not hasattr(self.learn, 'progress'): print(', '.join(f'{k} {v:.4g}' for k,v in row.items()), flush=True)
 
 # %% ../nbs/04_train.ipynb #bacaf774
@@ -380,14 +381,18 @@ def read_run(
     path:str|Path, # Run folder
 ) -> dict: # `metrics` are None unless the run is finished
     "The `run.json` of a run"
-    try: return json.loads((Path(path)/'run.json').read_text())
-    except (OSError, ValueError): raise UsageError(f'{path} is no run of this project') from None
+    try: run = json.loads((Path(path)/'run.json').read_text())
+    except (OSError, ValueError): run = None
+    if not isinstance(run, dict) or not {'args','versions','metrics'}<=set(run): raise UsageError(f'{path} is no run of this project')
+    return run
+
+_unwritten = '.run.json.'   # begins the name of what a process that was killed leaves in place of its `run.json`
 
 def started_run(
     path:Path, # Run folder
-) -> dict: # None where nothing has been started: no folder, or an empty one
+) -> dict: # None where nothing has been started: no folder, or one with nothing in it
     "The `run.json` of a run that may be there"
-    return read_run(path) if path.exists() and not (path.is_dir() and not any(path.iterdir())) else None
+    return read_run(path) if path.exists() and not (path.is_dir() and all(o.name.startswith(_unwritten) for o in path.iterdir())) else None
 
 def finished_run(
     path:str|Path, # Run folder
@@ -447,7 +452,7 @@ def is_finished(
     run:dict, # Its `run.json`
 ) -> bool:
     "Whether everything that a run leaves behind is there: its checkpoint goes last"
-    return bool(run['metrics']) and not (path/'checkpoint').exists()
+    return bool(run['metrics']) and not (path/'checkpoint'/'last.pth').exists()
 
 def changed_since(
     run:dict, # `run.json`
@@ -456,6 +461,25 @@ def changed_since(
     "What differs from when a run was started: options and versions"
     was,now = run['args'] | run['versions'],json.loads(json.dumps(args)) | versions()
     return [f'{k} {was.get(k)}, now {v}' for k,v in now.items() if was.get(k)!=v]
+
+def check_alike(
+    path:Path, # Run folder
+    run:dict, # Its `run.json`
+    other:Path, # Folder of another run
+    other_run:dict, # Its `run.json`
+):
+    "Raise `UsageError` if two runs cannot be compared: other images, or another precision"
+    if run['data']['fingerprint']!=other_run['data']['fingerprint']: raise UsageError(f'{path.name} has other images than {other.name}: give the comparison another --name, or remove that folder')
+    if run['precision']!=other_run['precision']: raise UsageError(f'{path.name} is made in {run["precision"]}, and {other.name} in {other_run["precision"]}: see --precision')
+
+def move_aside(
+    path:Path, # Run folder, which this process holds
+    changed:list, # From `changed_since`
+):
+    "Keep a run that was made otherwise under another name"
+    aside = next(o for i in itertools.count(1) if not (o := path.with_name(f'{path.name}.old-{i}')).exists())
+    path.rename(aside)
+    print(f'{path}: was started with {"; ".join(changed)}; moved to {aside.name} and run afresh', flush=True)
 
 # %% ../nbs/04_train.ipynb #7d33021c
 def _what_is_trained(learn, run):
@@ -469,12 +493,17 @@ def start_run(
     root:Path, # Folder of the data
     args:dict, # Options of the command
     before:dict=None, # `run.json` of a run that is resumed
+    changed:list=(), # What differs since then, if that run is to be kept under another name
+    like:Path=None, # Folder of a run that this one is to be compared with
 ) -> dict: # For `run.json`
     "Make the run folder, and say what is going to be trained"
     run = describe_run(learn, root, args)
-    if before and before['data']['fingerprint']!=run['data']['fingerprint']:
+    if like: check_alike(learn.path, run, like, read_run(like))
+    if changed: move_aside(learn.path, changed)
+    elif before and before['data']['fingerprint']!=run['data']['fingerprint']:
         raise UsageError(f'the images of {learn.path} have changed since it was started: give the run another --name, or remove that folder')
     learn.path.mkdir(parents=True, exist_ok=True)
+    for o in learn.path.glob(f'{_unwritten}*'): o.unlink()
     _write_json(learn.path/'run.json', run)
     if len(learn.dls.left_out): write_table(learn.dls.left_out, learn.path/'left_out.csv')
     if not (sys.stdout.isatty() or IN_NOTEBOOK):
@@ -528,7 +557,10 @@ def check_options(
     except ValueError as e: raise UsageError(e) from None
     if more.get('out_channels', 3)!=3 and more.get('skip_mode')!='unshuffle': raise UsageError('a run shows what its resizer puts out: out_channels other than 3 goes with skip_mode=unshuffle')
     if o['workers'] is not None and o['workers']<0: raise UsageError(f'workers is a number of processes, 0 or more: got {o["workers"]}')
-    if o['epochs']<1: raise UsageError(f'epochs is 1 or more: got {o["epochs"]}')
+    for k in ('epochs','bs','limit'):
+        if o[k] is not None and o[k]<1: raise UsageError(f'{k} is 1 or more: got {o[k]}')
+    for k,least in dict(lr=1e-12, clip=1e-12, lr_mult=0).items():
+        if o[k] is not None and not least<=o[k]<math.inf: raise UsageError(f'{k} is a number {"above" if least else "of at least"} 0: got {o[k]}')
     for k,known in dict(opt=optimizers, schedule=schedules).items():
         if o[k] not in known: raise UsageError(f'{k} is {" or ".join(known)}: got {o[k]}')
     if o['ema'] is not None and not 0<o['ema']<1: raise UsageError(f'ema is between 0 and 1: got {o["ema"]}')
@@ -548,29 +580,39 @@ def keep_memory(
         mallopt(M_TRIM_THRESHOLD, -1 if keep else 2**26)   # -1: never
 
 # %% ../nbs/04_train.ipynb #7a9051e2
+def start_folder(
+    args:dict, # Options of `resizer_train`
+) -> str: # None where training starts from nothing
+    "The run that a run starts from"
+    return args.get('start') and args['start'].replace('{seed}', str(args['seed']))
+
 def _recipe_options(args):
     "Those options of `resizer_train` that are for `recipe_learner`"
     options = {k:v for k,v in args.items() if k not in ('epochs','lr','schedule','workers','keep_memory')}
-    if args.get('start'): options['start'] = args['start'].replace('{seed}', str(args['seed']))
-    return options | dict(num_workers=args['workers'])
+    return options | dict(num_workers=args['workers']) | ({'start': start_folder(args)} if 'start' in args else {})
 
 def train_run(
     path:Path, # Run folder
     args:dict, # Options of `resizer_train`
+    afresh:bool=False, # Keep a run that was started otherwise under another name, in place of an error
+    like:Path=None, # Folder of a run that this one is to be compared with
 ) -> Learner: # Trained
     "Train what `args` say, or go on with it; what is finished stays as it is"
     before,root = started_run(path),get_path(args['data'])
-    if before and (changed := changed_since(before, args)): raise UsageError(f'{path} was started with {"; ".join(changed)}: give the run another --name, or remove that folder')
-    if before and is_finished(path, before):
+    if path.resolve().is_relative_to(root.resolve()): raise UsageError(f'{path} would lie in the data, {root}: give another folder for the --runs')
+    changed = changed_since(before, args) if before else []
+    if changed and not afresh: raise UsageError(f'{path} was started with {"; ".join(changed)}: give the run another --name, or remove that folder')
+    if before and not changed and is_finished(path, before):
         print(f'{path}: finished before')
         return load_run(path)
     _let_go()
     learn = recipe_learner(**_recipe_options(args), path=path, cbs=[MetricsLog(), Checkpoint(), Film()])
     with only_process(path):
         if started_run(path)!=before: raise UsageError(f'{path} has been started by another process')
-        run = start_run(learn, root, args, before)
+        run = start_run(learn, root, args, before, changed, like)
         done = learn.checkpoint.load()
-        if before: print(f'going on after {done} epochs', flush=True)
+        if done: learn.metrics_log.write()   # a power cut may have left it behind its checkpoint
+        if before and not changed: print(f'going on after {done} epochs', flush=True)
         if learn.dls.device.type=='cpu': keep_memory(args['keep_memory'])
         set_seed(args['seed'])
         _reset_peak_memory(learn.dls.device)
@@ -617,9 +659,8 @@ def resizer_train(
     data,size,out,start = str(data),parse_size(size),parse_size(out),start and str(start)
     args = {k:v for k,v in locals().items() if k not in ('resume','debug','name','runs')}
     check_options(args)
-    path,root = Path(runs)/(name or run_name(data, arch, resizer, seed)),get_path(data)
+    path = Path(runs)/(name or run_name(data, arch, resizer, seed))
     if path.exists() and not resume: raise UsageError(f'{path} exists: go on with it with --resume, give the run another --name, or remove that folder')
-    if path.resolve().is_relative_to(root.resolve()): raise UsageError(f'{path} would lie in the data, {root}: give another folder for the --runs')
     return train_run(path, args)
 
 # %% ../nbs/04_train.ipynb #e9cbf715

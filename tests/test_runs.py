@@ -131,6 +131,9 @@ def test_what_cannot_go_on(tmp_path, capsys, no_pictures):
     assert again.path == path
     with pytest.raises(UsageError, match='was started with epochs 1, now 2; lr 0.003, now 0.001'): resizer_train(**args | dict(epochs=2, lr=1e-3), resume=True)
     (path/'checkpoint').mkdir()
+    resizer_train(**args, resume=True)   # killed while its checkpoint was removed
+    assert {p: p.stat().st_mtime_ns for p in path.rglob('*') if p.is_file()} == {p: t for p, t in stamps.items() if p.is_file()}
+    (path/'checkpoint'/'last.pth').touch()
     make_images(data, ['a/9.png'])
     with pytest.raises(UsageError, match='images of .* have changed'): resizer_train(**args, resume=True)
 
@@ -175,7 +178,7 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path, no_pictures):
     resizer_train(**small, epochs=1, seed=1, runs=tmp_path/'c')   # learned
     root = tmp_path/'c'
     (root/'sample-resnet18-none-0').mkdir()
-    (root/'sample-resnet18-none-0'/'run.json').write_text('{"metrics": null}')
+    (root/'sample-resnet18-none-0'/'run.json').write_text('{"args": {}, "versions": {}, "metrics": null}')
     df = compare.resizer_compare(**args, collect=True)
     assert df[['arm', 'seeds']].values.tolist() == [['bilinear', 1], ['learned', 2]] and df.pairs[1] == 1
     resizer_train(**small, epochs=2, seed=2, runs=root)
@@ -223,14 +226,14 @@ def test_runs_of_other_images_are_not_compared(two, tmp_path, no_pictures):
 
 def test_a_folder_that_another_process_has_begun(tmp_path, monkeypatch):
     "While this one was reading images: it is left alone"
-    real = train.recipe_learner
+    real,theirs = train.recipe_learner,'{"args": {}, "versions": {}, "metrics": null}'
     def meanwhile(**kwargs):
         (tmp_path/'r').mkdir()
-        (tmp_path/'r'/'run.json').write_text('{"theirs": 1}')
+        (tmp_path/'r'/'run.json').write_text(theirs)
         return real(**kwargs)
     monkeypatch.setattr(train, 'recipe_learner', meanwhile)
     with pytest.raises(UsageError, match='r has been started by another process'): resizer_train(**small, epochs=1, name='r', runs=tmp_path)
-    assert (tmp_path/'r'/'run.json').read_text() == '{"theirs": 1}' and [o.name for o in tmp_path.iterdir()] == ['r']
+    assert (tmp_path/'r'/'run.json').read_text() == theirs and [o.name for o in tmp_path.iterdir()] == ['r']
 
 def test_runs_are_brought_together_without_their_models(tmp_path, no_pictures):
     "What a table needs of a cell is small: run.json, metrics.csv and preds.npz"
@@ -281,10 +284,57 @@ def test_a_run_begins_when_the_one_before_is_gone(tmp_path, no_pictures, monkeyp
     assert alive == [False]
 
 def test_an_empty_folder_is_no_run(tmp_path, no_pictures):
-    "A power cut may have left one"
-    (tmp_path/'cells'/'sample-resnet18-bilinear-0').mkdir(parents=True)
+    "A power cut may have left one, or a kill one with half a run.json"
+    cell = tmp_path/'cells'/'sample-resnet18-bilinear-0'
+    cell.mkdir(parents=True)
+    (cell/'.run.json.1').write_text('{"args')
     path = compare.run_cell(tmp_path/'cells', **small | dict(resizer='bilinear', seed=0, epochs=1))
-    assert read_run(path)['metrics']['epoch'] == 0
+    assert path == cell and read_run(path)['metrics']['epoch'] == 0 and not [*path.glob('.*')]
+
+def test_a_table_of_epochs_that_was_lost(tmp_path, no_pictures, monkeypatch):
+    "By a power cut, with all epochs in the checkpoint"
+    args = small | dict(epochs=2, runs=tmp_path, name='r')
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train, 'finish_run', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        resizer_train(**args)
+    before = metrics(tmp_path/'r')
+    (tmp_path/'r'/'metrics.csv').write_text('')
+    assert metrics(resizer_train(**args, resume=True).path) == before and len(before) == 2
+
+def test_a_mistake_costs_no_cell(tmp_path, no_pictures):
+    "Options that make no sense, or a folder that is not there: said before anything is moved or trained"
+    args = small | dict(arms='bilinear', epochs=1, runs=tmp_path, name='c')
+    compare.resizer_compare(**args)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'c').rglob('*')}
+    for o in (dict(bs=0), dict(precision='fp8'), dict(cache='x'), dict(limit=0), dict(opt='x'), dict(noisy=3), dict(workers=-1), dict(ema=2.), dict(start='nowhere'), dict(lr=-1.), dict(lr=float('nan')),
+              dict(clip=-1.), dict(lr_mult=-1.), dict(epochs=0), dict(arms='learned,bilinear+kernels=4'), dict(arms='learned,learned+kernels=4'), dict(arms='learned', start=tmp_path/'{seed}')):
+        with pytest.raises(UsageError): compare.resizer_compare(**args | o)
+        assert {p: p.stat().st_mtime_ns for p in (tmp_path/'c').rglob('*')} == stamps, o
+    with pytest.raises(UsageError, match='epochs is 1 or more'): compare.resizer_compare(**args | dict(epochs=0), dry_run=True)
+
+def test_cells_of_other_images_are_not_compared(tmp_path, no_pictures):
+    "and not trained either"
+    data = make_images(tmp_path/'data', [f'{c}/{i}.png' for c in 'ab' for i in range(8)])
+    args = small | dict(data=data, limit=None, valid_pct=0.5, epochs=1, runs=tmp_path/'runs', name='c')
+    compare.resizer_compare(arms='bilinear', **args)
+    make_images(data, ['a/9.png', 'b/9.png'])
+    with pytest.raises(UsageError, match='learned-0 has other images than data-resnet18-bilinear-0'): compare.resizer_compare(arms='bilinear,learned', **args)
+    assert not (tmp_path/'runs'/'c'/'data-resnet18-learned-0').exists()
+    compare.resizer_compare(arms='learned', **args)
+    with pytest.raises(UsageError, match='has other images than'): compare.resizer_compare(arms='bilinear,learned', **args)
+
+def test_broken_cells_are_named(tmp_path, no_pictures):
+    args = small | dict(epochs=1, runs=tmp_path, name='c')
+    compare.resizer_compare(arms='bilinear,learned', **args)
+    cell = tmp_path/'c'/'sample-resnet18-learned-0'
+    for name, broken in [('preds.npz', b''), ('preds.npz', b'PK'), ('preds.npz', b'x'), ('metrics.csv', b''), ('metrics.csv', b'epo'), ('run.json', b'{}'), ('run.json', b'[]'), ('run.json', b'{')]:
+        whole = (cell/name).read_bytes()
+        (cell/name).write_bytes(broken)
+        for how in (dict(collect=True), dict(arms='bilinear,learned')):
+            with pytest.raises(UsageError, match=f'{cell.name}.*({name}.*cannot be read|is no run of)'): compare.resizer_compare(**args | how)
+        (cell/name).write_bytes(whole)
+    shutil.copytree(cell, cell.with_name('copy'))
+    with pytest.raises(UsageError, match=f'copy and {cell.name} are all learned with seed 0'): compare.resizer_compare(**args, collect=True)
 
 def test_parts_of_the_speed_are_turned_off(tmp_path, no_pictures):
     "Each by its option, which the command of the run tells"
