@@ -79,7 +79,8 @@ def _halve(x, minus=None): return _Halve.apply(x, minus) if x.requires_grad and 
 @torch.library.custom_op('resizer_fastai::interpolate_backward', mutates_args=())
 def _interpolate_backward(g:Tensor, h:int, w:int, mode:str) -> Tensor:
     "Of `_Interpolate`, for a compiler to leave as it is: its own adds pixel by pixel"
-    return getattr(torch.ops.aten, f'upsample_{mode}2d_backward')(g, g.shape[-2:], (*g.shape[:2],h,w), False)
+    layout = torch.channels_last if g.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return getattr(torch.ops.aten, f'upsample_{mode}2d_backward')(g, g.shape[-2:], (*g.shape[:2],h,w), False).contiguous(memory_format=layout)   # a bicubic one is not
 
 @_interpolate_backward.register_fake
 def _(g, h, w, mode): return F.interpolate(g, (h,w))
@@ -121,16 +122,18 @@ class FixedResizer(nn.Module):
         _check_input(x)
         size = self.size if size is None else _check_size(size)
         if self._halves(x, size): return _halve(x)
-        half = self.antialias and x.device.type=='cpu' and x.dtype==torch.bfloat16   # PyTorch has no such kernel
+        half = self.antialias and x.device.type=='cpu' and x.dtype in (torch.bfloat16,torch.float16)   # PyTorch has no such kernel
         y = _interpolate(x.float() if half else x, size, self.interpolate_mode, self.antialias)
         return y.to(x.dtype)
 
     def extra_repr(self): return f'{self.size}, {self.interpolate_mode!r}, antialias={self.antialias}'
 
 # %% ../nbs/01_resizer.ipynb #2ff71f03
+def _version(t): return None if t.is_inference() else t._version
+
 def _recipe(x, make, *reads):
     "`make`, for the backward pass: on the device of `x`, under autocast as it is now, and once for each graph; it needs `reads` as they are now"
-    t,noted = x.device.type,[o._version for o in reads]
+    t,noted = x.device.type,[_version(o) for o in reads]
     autocast = torch.autocast(t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t))
     @cache
     def run():
@@ -147,12 +150,12 @@ def _once(backward):
     return once
 
 def _check_unchanged(tensors, versions):
-    if [o._version for o in tensors]!=versions: raise RuntimeError('what the backward pass of a resizer needs was changed in place after its forward pass')
+    if [_version(o) for o in tensors]!=versions: raise RuntimeError('what the backward pass of a resizer needs was changed in place after its forward pass')
 
 def _keeping(recipe, x, f):
     "`f(x)`, which keeps for the backward pass the `recipe` of `x` in place of `x`"
     at = id(x)   # and not x, which would be kept by that
-    def pack(t): return recipe if id(t)==at else (t.detach(), t._version)   # a node that holds its own output is never freed
+    def pack(t): return recipe if id(t)==at else (t.detach(), _version(t))   # a node that holds its own output is never freed
     def unpack(o):
         if callable(o): return o()
         _check_unchanged(o[:1], [o[1]])
@@ -204,9 +207,11 @@ class _Normalise(Function):
 # %% ../nbs/01_resizer.ipynb #7d35faa5
 def _measures(norm):
     "Whether `norm` takes the statistics of its batch"
-    return type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.affine and norm.weight.dtype in (torch.float32,torch.float64)
+    return type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.num_batches_tracked is not None and norm.affine and norm.weight.dtype in (torch.float32,torch.float64)
 
 def _listened_to(module): return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+def _is_own(*modules): return not any('forward' in vars(o) for o in modules) and not _has_any_global_hook()
 
 @torch.no_grad()
 def _track(bn, mean, var, n):
@@ -340,7 +345,7 @@ class _WideMoments(Function):
     "`_Moments` of a wide map of `n` channels, as sums of differences to the mean of a few pixels"
     @staticmethod
     def forward(ctx, y, n):
-        near = y[0,:n].narrow(1, y.shape[2]//2, 1).to(torch.promote_types(y.dtype, torch.float32)).mean((1,2))
+        near = y[:,:n].narrow(2, y.shape[2]//2, 1).to(torch.promote_types(y.dtype, torch.float32)).mean((0,2,3))
         d = y-_as_channels(near, y)
         off,square = [_sums(o, n)*n/y.numel() for o in (d,d.square())]
         mean = near+off
@@ -396,13 +401,14 @@ def _compiled(resizer, x, size):
 # %% ../nbs/01_resizer.ipynb #bbb5e8b1
 def _recomputes(resizer, x, size):
     "Whether `resizer` makes maps again in the backward pass for this batch"
-    if not (resizer.recompute and torch.is_grad_enabled()) or torch.jit.is_tracing() or x.device.type not in ('cpu','cuda'): return False
-    if len(x)*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
+    if not (resizer.recompute and torch.is_grad_enabled()) or torch.jit.is_tracing() or torch.compiler.is_exporting() or x.device.type not in ('cpu','cuda'): return False
+    if x.shape[0]*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
     _,*parts = resizer.modules()
     if not all(type(b) is ResidualBlock for b in resizer.blocks) or any(map(_listened_to, parts)): return False
     acts = [resizer.stem[1], resizer.stem[3], *[b.act for b in resizer.blocks]]
     own_norms = [resizer.stem[-1], resizer.merge[-1], *[o for b in resizer.blocks for o in (b.bn1,b.bn2)]]
-    return all(type(o) is nn.LeakyReLU and o.negative_slope>=0 for o in acts) and all(map(_measures, own_norms))
+    again = [resizer.stem, resizer.stem[2], resizer.merge, *resizer.blocks, *acts, *own_norms]   # and not whole convolutions
+    return type(resizer.stem[2]) is nn.Conv2d and all(type(o) is nn.LeakyReLU and o.negative_slope>=0 for o in acts) and all(map(_measures, own_norms)) and _is_own(*again)
 
 # %% ../nbs/01_resizer.ipynb #307e9862
 class Resizer(nn.Module):
@@ -465,7 +471,7 @@ _pair_types = [o for o in (torch.float32,torch.bfloat16) if _has_pair(o)]
 def _is_pair(conv, act, x):
     "Whether both may be one step: plain layers that nobody listens to, on a CPU, without derivatives"
     if x.device.type!='cpu' or x.ndim!=4 or torch.is_grad_enabled() or forward_ad._current_level>=0 or torch.jit.is_tracing() or torch.compiler.is_exporting(): return False
-    if (type(conv),type(act))!=(nn.Conv2d,nn.LeakyReLU) or any(_listened_to(o) or 'forward' in vars(o) for o in (conv,act)) or _has_any_global_hook(): return False
+    if (type(conv),type(act))!=(nn.Conv2d,nn.LeakyReLU) or any(map(_listened_to, (conv,act))) or not _is_own(conv, act): return False
     autocast = [torch.get_autocast_dtype('cpu')] if torch.is_autocast_enabled('cpu') else []
     types = [x.dtype, conv.weight.dtype, *autocast]
     return all(o in _pair_types for o in types) and (autocast or types[0]==types[1]) and conv.padding_mode=='zeros' and isinstance(conv.padding, tuple)
@@ -505,15 +511,24 @@ class FusedResizer(nn.Module):
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # As of the `Resizer`
         _check_input(x, self.in_channels)
+        size = self.size if size is None else _check_size(size)
         features = y = self.norm(self.resize(self.stem(x), size))
         for b in self.blocks: y = y + b(y)
         return self.out(features + self.merge(y)) + _skip(self, x, size)
 
+def _is_fusible(r):
+    "Whether `r` is made of the layers that `FusedResizer` knows, which nobody listens to"
+    if not isinstance(r, Resizer) or type(r).forward is not Resizer.forward or r.norm!='batch' or [*map(len, (r.stem,r.merge))]!=[5,2]: return False
+    if not all(type(b) is ResidualBlock for b in r.blocks): return False
+    pairs = [(r.stem[2],r.stem[4]), r.merge, *[o for b in r.blocks for o in ((b.conv1,b.bn1),(b.conv2,b.bn2))]]
+    if not all(type(c) is nn.Conv2d and type(b) is nn.BatchNorm2d and b.running_var is not None for c,b in pairs): return False
+    return not any(map(_listened_to, r.modules())) and _is_own(*r.modules())
+
 def fuse(
-    resizer:nn.Module, # A `Resizer` with `norm='batch'`; others come back as they are
+    resizer:nn.Module, # A `Resizer` with `norm='batch'`; others come back as they are, and so does one that was changed or is listened to
 ) -> nn.Module: # For evaluation
     "The same function with fewer steps, for inference"
-    if not isinstance(resizer, Resizer) or resizer.norm!='batch': return resizer
+    if not _is_fusible(resizer): return resizer
     return FusedResizer(resizer).eval().requires_grad_(False)
 
 # %% ../nbs/01_resizer.ipynb #aceafba3

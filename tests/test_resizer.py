@@ -59,7 +59,7 @@ def test_compiled_twice_for_all_sizes(dynamic):
     assert 0 < graphs[0] < graphs[1] == graphs[2] == graphs[3]
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('shape,size,args', [((2, 3, 32, 48), (16, 24), {}), ((1, 3, 32, 32), 16, dict(num_kernels=5)), ((2, 3, 33, 31), 16, {}), ((2, 3, 33, 31), 16, dict(interpolate_mode='bicubic')), ((2, 3, 36, 28), (18, 14), dict(inplace=False, num_resblocks=0)),
+@pytest.mark.parametrize('shape,size,args', [((2, 3, 32, 48), (16, 24), {}), ((1, 3, 32, 32), 16, dict(num_kernels=5)), ((2, 3, 33, 31), 16, {}), ((2, 3, 24, 16), (11, 8), dict(interpolate_mode='bicubic')), ((2, 3, 36, 28), (18, 14), dict(inplace=False, num_resblocks=0)),
                                              ((2, 3, 40, 40), 16, dict(antialias=True)), ((2, 3, 48, 48), 16, dict(interpolate_mode='area')), ((2, 3, 32, 32), 16, dict(negative_slope=0.)), ((2, 3, 32, 32), 8, dict(out_channels=12))])
 def test_compiled_is_the_plain_one(layout, shape, size, args):
     "In double precision, in which only a mistake is seen"
@@ -222,3 +222,74 @@ def test_fused_is_compiled_as_one_and_exported_as_plain_layers(fused):
     assert compiler.frame_count==2   # the second is for all sizes
     ops = {str(n.target) for n in without_gradients(torch.export.export, fused, (x,)).graph.nodes}
     assert 'aten.leaky_relu_.default' in ops and not any('mkldnn' in o for o in ops)
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('mode', ['bilinear', 'bicubic'])
+def test_a_compiler_is_told_of_the_right_layout(mode, layout):
+    g = torch.rand(2, 16, 5, 6).to(memory_format=layout)
+    torch.library.opcheck(resizer._interpolate_backward, (g, 11, 13, mode))
+    torch.library.opcheck(resizer._spread_alone, (g,))
+
+def patched(module, change):
+    forward = module.forward
+    module.forward = lambda *args: change(forward(*args))
+
+def replace(seq, i, f): seq[i] = f(seq[i])
+
+@pytest.mark.parametrize('change', [
+    lambda r: replace(r.stem, 2, lambda conv: nn.Sequential(conv, nn.Dropout(0.5))), lambda r: replace(r.stem, 2, lambda conv: nn.Sequential(conv, nn.BatchNorm2d(16))),
+    lambda r: nn.utils.parametrizations.spectral_norm(r.stem[2]), lambda r: patched(r.blocks[0], lambda y: 3*y), lambda r: patched(r.blocks[1].bn1, lambda y: 3*y),
+    lambda r: patched(r.merge, lambda y: 3*y), lambda r: setattr(r.blocks[0].bn2, 'num_batches_tracked', None)],
+    ids=['dropout', 'norm', 'spectral', 'block', 'bn', 'merge', 'untracked'])
+def test_what_was_changed_is_computed_as_it_is(change):
+    torch.manual_seed(0)
+    a, b = Resizer(12).double(), Resizer(12, recompute=False).double()
+    b.load_state_dict(a.state_dict())
+    x, results = torch.rand(2, 3, 24, 24, dtype=torch.double), []
+    for r in (a, b):
+        torch.manual_seed(1)
+        change(r)
+        results.append([*grads(r.double(), x), *r.buffers()])
+    for y, z in zip(*results, strict=True): torch.testing.assert_close(y, z)
+
+def test_a_hook_on_all_modules_hears_each_once():
+    heard = [[], []]
+    for r, to in zip(pair(), heard):
+        handle = nn.modules.module.register_module_forward_hook(lambda m, *_: to.append(type(m).__name__))
+        try: grads(r, torch.rand(2, 3, 24, 24))
+        finally: handle.remove()
+    assert heard[0] == heard[1] and 'BatchNorm2d' in heard[0]
+
+class Tripled(Resizer):
+    def forward(self, x, size=None): return 3*super().forward(x, size)
+
+class Block(resizer.ResidualBlock):
+    def forward(self, x): return 3*super().forward(x)
+
+@pytest.mark.parametrize('change', [
+    lambda r: setattr(r, 'size', (8, 8)), lambda r: setattr(r, '__class__', Tripled), lambda r: setattr(r.blocks[0], '__class__', Block), lambda r: patched(r.blocks[0], lambda y: 3*y),
+    lambda r: r.blocks[0].register_forward_hook(lambda m, x, y: 3*y), lambda r: replace(r.stem, 4, lambda bn: nn.BatchNorm2d(16, track_running_stats=False)),
+    lambda r: replace(r.stem, 4, lambda bn: nn.Identity()), lambda r: r.merge.append(nn.LeakyReLU()), lambda r: replace(r.blocks, 0, lambda b: nn.Identity())],
+    ids=['size', 'subclass', 'block', 'patched', 'hook', 'untracked', 'no norm', 'merge', 'identity'])
+def test_a_changed_resizer_is_fused_right_or_not_at_all(change):
+    r, x = Resizer(12), torch.rand(2, 3, 24, 24)
+    r(x)   # other running statistics than at first
+    change(r)
+    torch.testing.assert_close(fuse(r.eval())(x), r(x), rtol=1e-4, atol=1e-5)
+
+def test_an_image_of_inference_mode_can_be_trained_on():
+    with torch.inference_mode(): x = torch.rand(2, 3, 24, 24)
+    with torch.autocast('cpu', torch.bfloat16): same(pair(), x, 2e-2)
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_export_with_gradients_on(strict):
+    "As they are by default, and with any number of images"
+    r, x = Resizer(12).train(strict), torch.randn(2, 3, 30, 28)
+    exported = torch.export.export(r, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=strict).module()
+    x = torch.randn(5, 3, 30, 28)
+    torch.testing.assert_close(exported(x), r(x), rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_antialias_in_half_precision(dtype):
+    x = torch.rand(2, 3, 24, 24)
+    torch.testing.assert_close(resizer.FixedResizer(10, antialias=True)(x.to(dtype)), resizer.FixedResizer(10, antialias=True)(x).to(dtype), rtol=2e-2, atol=2e-2)
