@@ -104,10 +104,10 @@ def _correct(path):
 def _check_comparable(found):
     "Raise if runs, folder -> `run.json`, differ in more than arm and seed, and the machine, or if one of them is broken"
     options = lambda r: {k:v for k,v in r['args'].items() if k not in ('resizer','seed','data')}   # which may lie elsewhere
-    for i,(p,r) in enumerate(found.items()):
-        if not i: first_path,first_run = p,r
-        if options(r)!=options(first_run): raise UsageError(f'{p.name} has other options than {first_path.name}: {r["command"]}; {first_run["command"]}')
-        check_alike(p, r, first_path, first_run)
+    one = first(found)
+    for p,r in found.items():
+        if options(r)!=options(found[one]): raise UsageError(f'{p.name} has other options than {one.name}: {r["command"]}; {found[one]["command"]}')
+        check_alike(p, r, one, found[one])
         for name,read in {'preds.npz': lambda _: _correct(p), 'metrics.csv': lambda file: pd.read_csv(file)[['seconds','accuracy']].iloc[-1]}.items():
             try: read(p/name)
             except Exception as e: raise UsageError(f'{p/name} cannot be read: {e or "it is broken"}; remove {p}, and the same command makes that run again') from e
@@ -120,8 +120,8 @@ def collect_cells(
     found = {p: r for p,r in found.items() if is_finished(p, r)}
     if not found: raise UsageError(f'no finished run in {root}')
     _check_comparable(found)
-    twice = [o for o in groupby(found, lambda p: arm_and_seed(found[p])).items() if len(o[1])>1]
-    for (arm,seed),paths in twice: raise UsageError(f'{" and ".join(p.name for p in paths)} are all {arm} with seed {seed}: leave one of them')
+    for (arm,seed),paths in groupby(found, lambda p: arm_and_seed(found[p])).items():
+        if len(paths)>1: raise UsageError(f'{" and ".join(p.name for p in paths)} are one cell, {arm} with seed {seed}: leave one of them')
     cells = groupby(sorted(found, key=lambda p: arm_and_seed(found[p])[1]), lambda p: arm_and_seed(found[p])[0])
     return {arm: list(cells[arm]) for arm in sorted(cells, key=lambda o: (arm_names.index(o.split('+')[0]), o))}
 

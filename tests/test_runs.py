@@ -334,7 +334,7 @@ def test_broken_cells_are_named(tmp_path, no_pictures):
             with pytest.raises(UsageError, match=f'{cell.name}.*({name}.*cannot be read|is no run of)'): compare.resizer_compare(**args | how)
         (cell/name).write_bytes(whole)
     shutil.copytree(cell, cell.with_name('copy'))
-    with pytest.raises(UsageError, match=f'copy and {cell.name} are all learned with seed 0'): compare.resizer_compare(**args, collect=True)
+    with pytest.raises(UsageError, match=f'copy and {cell.name} are one cell, learned with seed 0'): compare.resizer_compare(**args, collect=True)
 
 def test_parts_of_the_speed_are_turned_off(tmp_path, no_pictures):
     "Each by its option, which the command of the run tells"
