@@ -345,7 +345,7 @@ class _WideMoments(Function):
     "`_Moments` of a wide map of `n` channels, as sums of differences to the mean of a few pixels"
     @staticmethod
     def forward(ctx, y, n):
-        near = y[:,:n].narrow(2, y.shape[2]//2, 1).to(torch.promote_types(y.dtype, torch.float32)).mean((0,2,3))
+        near = y[:,:n,::16].to(torch.promote_types(y.dtype, torch.float32)).mean((0,2,3))
         d = y-_as_channels(near, y)
         off,square = [_sums(o, n)*n/y.numel() for o in (d,d.square())]
         mean = near+off
@@ -401,7 +401,7 @@ def _compiled(resizer, x, size):
 # %% ../nbs/01_resizer.ipynb #bbb5e8b1
 def _recomputes(resizer, x, size):
     "Whether `resizer` makes maps again in the backward pass for this batch"
-    if not (resizer.recompute and torch.is_grad_enabled()) or torch.jit.is_tracing() or torch.compiler.is_exporting() or x.device.type not in ('cpu','cuda'): return False
+    if not (resizer.recompute and torch.is_grad_enabled()) or torch.jit.is_tracing() or x.device.type not in ('cpu','cuda'): return False
     if x.shape[0]*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
     _,*parts = resizer.modules()
     if not all(type(b) is ResidualBlock for b in resizer.blocks) or any(map(_listened_to, parts)): return False
