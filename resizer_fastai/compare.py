@@ -170,7 +170,7 @@ def runs_table(
         run = read_run(path)
         m,v = run['metrics'],run['versions']
         rows.append(dict(arm=arm_and_seed(run)[0], seed=run['args']['seed'], accuracy=round(100*m['accuracy'], 4), valid_loss=round(m['valid_loss'], 4), seconds=m['seconds'],
-                         device=run['device'], precision=run['precision'], torch=v['torch'], fastai=v['fastai'], resizer_fastai=v['resizer_fastai'], data=run['data']['fingerprint'], command=run['command']))
+                         device=run['device'], precision=run['precision'], torch=v['torch'], fastai=v['fastai'], data=run['data']['fingerprint'], resizer_fastai=v['resizer_fastai'], command=run['command']))
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_compare.ipynb #faa69c59
@@ -384,9 +384,12 @@ def train_cells(
         if o['start']: finished_run(start_folder(o))
     made = {p: read_run(p) for _,o in wanted if _is_made(p := _cell_path(root, o), o)}
     _check_comparable(made)
-    res = []
-    for arm,o in wanted: res.append((arm, run_cell(root, like=first([*made, *[p for _,p in res]]), **o)))
-    return res
+    like,cells = first(made),[]
+    for arm,o in wanted:
+        path = run_cell(root, like, **o)
+        like = like or path
+        cells.append((arm, path))
+    return cells
 
 # %% ../nbs/05_compare.ipynb #40534bdf
 def _list(s, kind, what, such):

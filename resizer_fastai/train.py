@@ -559,8 +559,8 @@ def check_options(
     if o['workers'] is not None and o['workers']<0: raise UsageError(f'workers is a number of processes, 0 or more: got {o["workers"]}')
     for k in ('epochs','bs','limit'):
         if o[k] is not None and o[k]<1: raise UsageError(f'{k} is 1 or more: got {o[k]}')
-    for k,least in dict(lr=1e-12, clip=1e-12, lr_mult=0).items():
-        if o[k] is not None and not least<=o[k]<math.inf: raise UsageError(f'{k} is a number {"above" if least else "of at least"} 0: got {o[k]}')
+    for k,zero in dict(lr=False, clip=False, lr_mult=True).items():
+        if o[k] is not None and not (0<o[k]<math.inf or zero and o[k]==0): raise UsageError(f'{k} is a number {"of at least" if zero else "above"} 0: got {o[k]}')
     for k,known in dict(opt=optimizers, schedule=schedules).items():
         if o[k] not in known: raise UsageError(f'{k} is {" or ".join(known)}: got {o[k]}')
     if o['ema'] is not None and not 0<o['ema']<1: raise UsageError(f'ema is between 0 and 1: got {o["ema"]}')
@@ -589,7 +589,7 @@ def start_folder(
 def _recipe_options(args):
     "Those options of `resizer_train` that are for `recipe_learner`"
     options = {k:v for k,v in args.items() if k not in ('epochs','lr','schedule','workers','keep_memory')}
-    return options | dict(num_workers=args['workers']) | ({'start': start_folder(args)} if 'start' in args else {})
+    return options | dict(num_workers=args['workers'], start=start_folder(args))
 
 def train_run(
     path:Path, # Run folder
