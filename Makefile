@@ -7,7 +7,7 @@ export MPLBACKEND ?= agg
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-browser notebooks export readme clean
+.PHONY: help install train test test-browser notebooks export clean
 
 help:       ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ export: $(INSTALLED)  ## write the library and README.md from the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/python nbs/readme.py
 
-notebooks: $(INSTALLED)  ## run every notebook in Jupyter and keep its outputs, then clean and export
+notebooks: $(INSTALLED)  ## export, run every notebook in Jupyter and keep its outputs, then clean and write README.md
 	$(BIN)/nbdev_export
 	MPLBACKEND= PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace $(NOTEBOOKS)
 	$(BIN)/nbdev_clean

@@ -272,9 +272,9 @@ def bench_model(
     out:int|tuple=224, # Target size in pixels
     bs:int=32, # Images in a batch
     rounds:int=5, # How often each step is timed
-    compile:bool=True, # Time compiled networks as well
+    compile:bool=True, # Whether compiled networks are timed as well
     ways:list=speed_ways, # Ways to run it
-) -> pd.DataFrame: # A row a way and a network; milliseconds a batch and ratios (medians, and half the spread between quartiles), bytes; its `attrs` hold `speed_ratios` and `roofline`
+) -> pd.DataFrame: # A row a way and a network; milliseconds a batch, or of one image in `infer_1` (medians, and half the spread between quartiles), the `first` step in seconds, ratios, bytes; its `attrs` hold `speed_ratios` and `roofline`
     "Time training and inference with and without a resizer"
     device = default_device()
     error = compile and any(o.compiled for o in ways) and compile_error(device)
@@ -368,7 +368,7 @@ def bench_scaling(
     sizes:tuple=(224,320,448,640,768,1024), # Input sizes
     batches:tuple=(1,2,4,8,16), # Sizes of the batch
 ) -> pd.DataFrame: # A row a size or batch, and a network; milliseconds a batch
-    "Time a training step at many sizes"
+    "Time a training step at many sizes, the reference in float32"
     device = default_device()
     ways = {'body':(speed_ways[2],'body'), 'with the resizer':(speed_ways[2],'joint'), 'with the reference':(speed_ways[0],'joint')}
     cells = {(k,s,b): Cell(*o, arch, s, s//2, b, device) for k,o in ways.items() for s,b in dict.fromkeys([(s,bs) for s in sizes] + [(size,b) for b in batches])}
@@ -616,7 +616,7 @@ def resizer_bench(
     out:str=None, # Size in pixels that the resizer puts out, by default 224
     bs:int=None, # Images in a batch; by default 32 for model and parts, 64 for data and epochs, 4 for scaling
     rounds:int=None, # How often each step of a model is timed; by default 5, for scaling 3
-    compile:bool=True, # Time compiled models as well
+    compile:bool=True, # Whether compiled models are timed as well
     limit:int=None, # Training images, by default 2048
     workers:int=None, # Processes that decode images, by default 2
     epochs:int=None, # Passes over the images, by default 3

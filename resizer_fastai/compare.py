@@ -102,7 +102,7 @@ def _correct(path):
     return pd.Series(preds['probs'].argmax(1)==preds['targets'], index=preds['names'])
 
 def _check_comparable(found):
-    "Raise if runs, folder -> `run.json`, differ in more than arm and seed, and the machine, or if one of them is broken"
+    "Raise if runs, folder -> `run.json`, differ in more than arm, seed, machine, versions, and where the data lie, or if one of them is broken"
     options = lambda r: {k:v for k,v in r['args'].items() if k not in ('resizer','seed','data')}   # which may lie elsewhere
     one = first(found)
     for p,r in found.items():
@@ -115,7 +115,7 @@ def _check_comparable(found):
 def collect_cells(
     root:Path, # Folder of a comparison
 ) -> dict: # Arm -> folders of its runs, in the order of the seeds
-    "The finished runs in a folder, which may differ in nothing but arm and seed, and the machine"
+    "The finished runs in a folder, which may differ in arm, seed, machine, versions, and where the data lie, and in nothing else"
     found = {p: read_run(p) for p in sorted(root.glob('*')) if (p/'run.json').exists() and '.old-' not in p.name}
     found = {p: r for p,r in found.items() if is_finished(p, r)}
     if not found: raise UsageError(f'no finished run in {root}')
@@ -205,11 +205,16 @@ def markdown_table(
     return markdown_rows(people_rows(df))
 
 # %% ../nbs/05_compare.ipynb #7d15b8eb
-def _commands(cells):
-    "The command that makes the runs, or one for each set of seeds"
+def _default_base(arms): return 'bilinear' if 'bilinear' in arms else first(arms)
+
+def _commands(cells, base):
+    "The command that makes the runs and the table; or one for each set of seeds, and one for the table"
     options = re.sub(r'^resizer_train | --(resizer|seed) \S+', '', read_run(first(cells.values())[0])['command'])
     arms = groupby(cells, lambda arm: ','.join(map(str, sorted(_seeds(cells[arm])))))
-    return [f'resizer_compare --arms {",".join(a)} --seeds {s} {options}' for s,a in arms.items()]
+    wanted = [f'--arms {",".join(a)} --seeds {s}' for s,a in arms.items()]
+    if len(wanted)>1: wanted.append('--collect')
+    if base!=_default_base(cells): wanted[-1] += f' --base {base}'
+    return [f'resizer_compare {o} {options}' for o in wanted]
 
 def _source_line(cells):
     "On what the runs were made"
@@ -221,12 +226,13 @@ def write_tables(
     root:Path, # Folder of the comparison
     cells:dict, # Arm -> folders of its runs, in the order of the seeds
     df:pd.DataFrame, # From `results_table`
-    said:list, # Sentences about its differences
+    base:str, # Arm that the others are held against
+    said:list, # Sentences about the differences
 ):
     "Write `table.csv` (a row an arm), `runs.csv` (a row a run), and `table.md` for people"
     df.to_csv(root/'table.csv', index=False)
     runs_table(cells).to_csv(root/'runs.csv', index=False)
-    commands = ' and '.join(f'`{o}`' for o in _commands(cells))
+    commands = ' and '.join(f'`{o}`' for o in _commands(cells, base))
     (root/'table.md').write_text('\n\n'.join(filter(None, [markdown_table(df), '\n'.join(f'- {o}' for o in said), f'{commands} on {_source_line(cells)}']))+'\n')
 
 # %% ../nbs/05_compare.ipynb #061f9d7e
@@ -277,7 +283,7 @@ def compare_runs(
     a:str|Path, # Run folder
     b:str|Path, # Run folder, of the same validation images
     n:int=3, # Images that only `a` gets right, and as many that only `b` does
-    figsize:tuple=None, # In inches; by default about 2.2 a panel
+    figsize:tuple=None, # In inches; by default about 2.4 a panel
 ) -> plt.Figure:
     "A row an image that one run gets right and the other wrong: the input, and what each body sees and says"
     a,b,df = Path(a),Path(b),disagreements(a, b)
@@ -371,7 +377,7 @@ def comparison_report(
     names = ['arm','seed','accuracy','valid_loss','seconds']
     sections = [section('Results', *said, table=(head,rows), pictures=[curves], details=dict(title='Every run', table=(names, runs[names].values.tolist()))),
                 *seen, section('Where they differ', 'With the first seed.', pictures=differ),
-                section('How it was made', 'Images a second are those of the whole loop, reading included.', code='\n'.join(_commands(cells)), table=(['what','value'], made_with(first_run)))]
+                section('How it was made', 'Images a second are those of the whole loop, reading included.', code='\n'.join(_commands(cells, base)), table=(['what','value'], made_with(first_run)))]
     return write_report(root/'report.html', root.name, [_source_line(cells)], [], [o for o in sections if o['pictures'] or o['table']])
 
 # %% ../nbs/05_compare.ipynb #b5aa5d59
@@ -426,13 +432,13 @@ def resizer_compare(
     for _,o in wanted: check_options(o)
     if dry_run: return print('\n'.join(f'{command_of(o)} --runs {shlex.quote(str(root))} --resume' for _,o in wanted))
     cells = collect_cells(root) if collect else {arm:[] for arm in arms}
-    base = base or ('bilinear' if 'bilinear' in cells else first(cells))
+    base = base or _default_base(cells)
     if base not in cells: raise UsageError(f'no runs of the arm {base}, which the others are to be held against: there are {", ".join(cells)}')
     if not collect:
         for arm,path in train_cells(root, wanted): cells[arm].append(path)
     df = results_table(cells, base)
     said = [explain_difference(row, df[df.arm==base].iloc[0], read_run(cells[base][0])['data']['valid']) for row in df.itertuples() if row.arm!=base]
-    write_tables(root, cells, df, said)
+    write_tables(root, cells, df, base, said)
     report = comparison_report(root, cells, df, base, said)
     print('\n'.join(['', markdown_table(df), '', *said, f'report: {report}']))
     return df

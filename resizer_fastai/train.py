@@ -197,7 +197,7 @@ def data_fingerprint(
     files:list, # Files under `root`
     root:Path, # Folder that their names are relative to
 ) -> str: # 16 hexadecimal digits
-    "A hash of the files' relative names and sizes, in order: two runs with the same one saw the same data"
+    "A hash of the files' relative names and sizes, in order: two runs with the same one saw files of the same names and sizes"
     lines = '\n'.join(f'{f.relative_to(root).as_posix()} {f.stat().st_size}' for f in files)
     return hashlib.sha256(lines.encode(errors='surrogateescape')).hexdigest()[:16]
 
@@ -640,13 +640,13 @@ def resizer_train(
     pretrained:bool=False, # Start from ImageNet's weights: fine_tune instead of the schedule
     start:str=None, # Start from body and head of the finished run in this folder, in which {seed} stands for the seed
     opt:str='adamw', # adamw, adam (the same, as fastai writes it), or sgd with momentum
-    lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 when pretrained, else 1
+    lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 for learned when pretrained, else 1
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, such as 0.999, to validate and end with
     tune:bool=False, # Validate on a fifth of the training images, to choose settings with; the validation images are left alone
     precision:str='auto', # auto, fp32, bf16, or on CUDA fp16
-    channels_last:bool=True, # Keep the channels of a pixel together in memory
-    keep_memory:bool=True, # On a CPU, keep freed memory for the next layer
+    channels_last:bool=True, # Whether the channels of a pixel lie together in memory
+    keep_memory:bool=True, # Whether freed memory is kept for the next layer, on a CPU
     compile:bool=False, # Compile the model, which takes its time at the first steps
     cache:str='none', # Where decoded images are kept: none, disk, ram or device
     workers:int=None, # Processes that read images; by default one a core, at most 16

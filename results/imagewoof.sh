@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The matrix on Imagewoof: ResNet-50 from random weights, 20 epochs, in two settings that were fixed beforehand.
+# The matrix on Imagewoof: ResNet-50 from random weights, 20 epochs, in two settings that were fixed beforehand; then all of it with 5 epochs.
 #
 #   bash results/imagewoof.sh [OPTIONS of resizer_compare]     e.g. --cache device, or --limit 100 --epochs 1 --arch resnet18 for a try
 #
