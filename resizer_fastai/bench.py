@@ -228,7 +228,7 @@ def _fastest(rounds): return min((o for o in rounds if o[0].startswith('ours') a
 def _body(way): return way.replace(', fused', ''),'body'   # a body alone has nothing of ours to fuse
 
 def speed_ratios(
-    rounds:dict, # 'train' and 'infer' -> (way, network) -> seconds of each round
+    rounds:dict, # 'train' and 'infer' -> (way, network) -> times of each round, in any unit
     memory:dict, # (way, network) -> bytes
 ) -> dict: # What it is -> median and half the spread between quartiles, or None where this machine has no such way
     "The fastest way of this library against the reference, and against the body alone in the same settings"
@@ -274,7 +274,7 @@ def bench_model(
     rounds:int=5, # How often each step is timed
     compile:bool=True, # Whether compiled networks are timed as well
     ways:list=speed_ways, # Ways to run it
-) -> pd.DataFrame: # A row a way and a network; milliseconds a batch, or of one image in `infer_1` (medians, and half the spread between quartiles), the `first` step in seconds, ratios, bytes; its `attrs` hold `speed_ratios` and `roofline`
+) -> pd.DataFrame: # A row a way and a network; milliseconds a batch, or of one image in `infer_1` (medians, and half the spread between quartiles), the `first` step in seconds, ratios, bytes; its `attrs` hold `ratios`, from `speed_ratios`, and `stages`, from `roofline`
     "Time training and inference with and without a resizer"
     device = default_device()
     error = compile and any(o.compiled for o in ways) and compile_error(device)

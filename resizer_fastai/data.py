@@ -135,11 +135,14 @@ def _rgb(im, background):
     return im if im.mode=='RGB' else im.convert('RGB')
 
 # %% ../nbs/00_data.ipynb #ac10b95d
+class _Bomb(OSError): "An image with more pixels than Pillow's limit"
+
 def _open(file):
     "Open an image file without reading its pixels"
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        return Image.open(file)
+        try: return Image.open(file)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e: raise _Bomb(e) from None
 
 def _pixels(im, background): return torch.from_numpy(np.array(_rgb(im, background)))
 
@@ -244,9 +247,7 @@ def _show_progress(n): return n>1000 and (IN_NOTEBOOK or sys.stdout.isatty())
 def _look(file):
     "Problem, height, width, hash of the pixels, and the error, of an image file"
     try: x,whole = _read(file)
-    except Exception as e:
-        bomb = isinstance(e, (Image.DecompressionBombWarning, Image.DecompressionBombError))
-        return ['decompression bomb' if bomb else 'unreadable', 0, 0, '', str(e)]
+    except Exception as e: return ['decompression bomb' if isinstance(e, _Bomb) else 'unreadable', 0, 0, '', str(e)]
     digest = hashlib.blake2b(x.numpy(), digest_size=8, key=str(x.shape).encode())
     return ['' if whole else 'truncated', *x.shape[:2], digest.hexdigest(), '']
 
@@ -294,7 +295,7 @@ def _order(files):
 
 # %% ../nbs/00_data.ipynb #ccf1d173
 def _split_pct(files, valid_pct):
-    "Split `files` into training and validation, `valid_pct` of each class for validation and at least one for each"
+    "Split `files` into training and validation, `valid_pct` of each class for validation and at least one for each, but never all"
     if not 0<valid_pct<1: raise UsageError(f'valid_pct is a share of the images, between 0 and 1: got {valid_pct}')
     root = Path(os.path.commonpath([f.parent for f in files]))
     files = [f for f in files if f.parent!=root] or files   # images beside the folders of the classes have no class
@@ -654,9 +655,7 @@ def get_dls(
 def _spelled(arg, known):
     "An option the way the parser spells it: `--valid_pct` and `--valid-pct` are the same"
     name,eq,value = arg.partition('=')
-    for o in (name, f'--{name[2:].replace("_","-")}', f'--{name[2:].replace("-","_")}'):
-        if name.startswith('--') and o in known: return o+eq+value
-    return arg
+    return next((o for o in known if o.replace('-','_')==name.replace('-','_')), name)+eq+value
 
 def cli_command(
     f:Callable, # A function with docments, one of whose parameters is `debug`

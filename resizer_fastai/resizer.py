@@ -10,7 +10,7 @@ __all__ = ['interpolate_modes', 'norms', 'resizer_names', 'FixedResizer', 'Resid
 # %% ../nbs/01_resizer.ipynb #51a7d7fb
 import inspect, json, math, torch, torch.nn.functional as F
 from copy import deepcopy
-from fastcore.basics import noop, store_attr
+from fastcore.basics import store_attr
 from functools import cache, wraps
 from pathlib import Path
 from safetensors import SafetensorError
@@ -101,7 +101,7 @@ def _interpolate(x, size, mode, antialias):
 
 # %% ../nbs/01_resizer.ipynb #9afca9f3
 class FixedResizer(nn.Module):
-    "A resize without parameters, `F.interpolate` with half-pixel centres: the control in every experiment"
+    "A resize without parameters, `F.interpolate` with half-pixel centres (but for `nearest`): the control in every experiment"
     def __init__(self,
         size:int|tuple=224, # Target size in pixels: a number, or (height, width)
         interpolate_mode:str='bilinear', # One of `interpolate_modes`
@@ -428,7 +428,7 @@ class Resizer(nn.Module):
         skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
         inplace:bool=True, # Activations overwrite what comes in; the same result in less memory
         halve:bool=True, # As for `FixedResizer`, in both resizes
-        subpixel:bool=True, # Compute 2x2 pixels at a time in the last convolution; the same up to rounding, in less time
+        subpixel:bool=True, # Compute 2x2 pixels at a time in the last convolution; the same up to rounding, in less time in inference
     ):
         super().__init__()
         if norm not in norms: raise ValueError(f'no norm {norm!r}: there are {", ".join(norms)}')
@@ -596,7 +596,7 @@ def parse_resizer(
 # %% ../nbs/01_resizer.ipynb #cec27ba0
 def resizer_config(
     resizer:nn.Module,
-) -> dict: # None for a module that is not of this library
+) -> dict: # None for a module that `make_resizer` does not make
     "Arguments of `make_resizer` that give a resizer like this one"
     name = next((k for k,(cls,_) in resizer_names.items() if type(resizer) is cls), None)
     if name is None: return None

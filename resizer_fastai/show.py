@@ -24,7 +24,7 @@ fixed_names = [k for k,(cls,_) in resizer_names.items() if cls is FixedResizer]
 
 def resizer_title(
     resizer:nn.Module,
-) -> str: # One of `resizer_names`, a mode of interpolation, or the name of the class
+) -> str: # One of `resizer_names`, a mode of interpolation, with antialias or without, or the name of the class
     "What to call a resizer in a figure"
     if isinstance(resizer, FixedResizer):
         mode,antialias = resizer.interpolate_mode,resizer.antialias

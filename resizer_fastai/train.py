@@ -246,6 +246,11 @@ def versions(
 # %% ../nbs/04_train.ipynb #87bcb242
 def _said(v): return 'x'.join(map(str, v)) if is_listy(v) else str(v)
 
+def _sizes(args):
+    "Which sizes a run is of: with `pil` and `none` the body sees images as they are read"
+    size,out = _said(args['size']),_said(args['out'])
+    return dict(pil=out, none=size).get(args['resizer'], f'{size} -> {out}')
+
 @contextmanager
 def _as_drawn(module):
     "Compute the layers of `module` as they are written down"
@@ -426,7 +431,7 @@ def run_report(
     "Write the page that tells what a run was and what came out"
     run,metrics = finished_run(path),pd.read_csv(path/'metrics.csv')
     a,d = run['args'],run['data']
-    lead = [f'{a["arch"]} behind the resizer "{a["resizer"]}", {_said(a["size"])} to {_said(a["out"])} pixels, on {a["data"]}: '
+    lead = [f'{a["arch"]} behind the resizer "{a["resizer"]}", {_sizes(a)} pixels, on {a["data"]}: '
             f'{100*run["metrics"]["accuracy"]:.2f} % of {d["valid"]} validation images are right after epoch {len(metrics)}.']
     sections = [section('Learning curves', pictures=run_pictures(path, 'curves'), details=dict(title='Every epoch', table=(list(metrics), metrics.values.tolist()))),
                 section('What the resizer does', pictures=run_pictures(path, 'resized', 'film')),
@@ -484,8 +489,7 @@ def move_aside(
 # %% ../nbs/04_train.ipynb #7d33021c
 def _what_is_trained(learn, run):
     a,d = run['args'],run['data']
-    sizes = dict(pil=_said(a['out']), none=_said(a['size'])).get(a['resizer'], f'{_said(a["size"])} -> {_said(a["out"])}')
-    yield f'{learn.path}: {d["train"]} training and {d["valid"]} validation images of {len(d["classes"])} classes, {a["arch"]}, {a["resizer"]} {sizes}, {run["precision"]} on {run["device"]}'
+    yield f'{learn.path}: {d["train"]} training and {d["valid"]} validation images of {len(d["classes"])} classes, {a["arch"]}, {a["resizer"]} {_sizes(a)}, {run["precision"]} on {run["device"]}'
     if d['enlarged']>0.5: yield f'note: the short side of the images is {d["median_short_side"]} pixels at the median, and {d["enlarged"]:.0%} of them are enlarged on the way in'
 
 def start_run(
@@ -549,7 +553,7 @@ def only_process(
 def check_options(
     o:dict, # Options of `resizer_train`
 ):
-    "Raise `UsageError` about an option that makes no sense, before anything is made"
+    "Raise `UsageError` about an option that makes no sense, before anything is read or made"
     try:
         get_body(o['arch'])
         kind,more = parse_resizer(o['resizer'])
@@ -564,6 +568,7 @@ def check_options(
     for k,known in dict(opt=optimizers, schedule=schedules).items():
         if o[k] not in known: raise UsageError(f'{k} is {" or ".join(known)}: got {o[k]}')
     if o['ema'] is not None and not 0<o['ema']<1: raise UsageError(f'ema is between 0 and 1: got {o["ema"]}')
+    pick_precision(o['precision'])
     if o['pretrained'] and o['schedule']!='one_cycle': raise UsageError('with pretrained the schedule is that of fine_tune: leave schedule out')
     if o['pretrained'] and o['start']: raise UsageError('training starts from pretrained weights or from another run: leave pretrained or start out')
 
@@ -667,7 +672,7 @@ def resizer_train(
 def load_run(
     path:str|Path, # Folder of a finished run, whose data are where they were
 ) -> Learner: # With the run's model and data, and the run folder as its `path`
-    "The learner of a run"
+    "A learner to look at a finished run with"
     path,run = Path(path),finished_run(path)
     model = ResizerClassifier.from_pretrained(path/'model')
     learn = recipe_learner(**_recipe_options(run['args']) | dict(pretrained=False, start=None, compile=False), path=path, stats=_stats(model))

@@ -279,6 +279,9 @@ def test_a_report_is_made_of_what_lies_in_the_folder(tmp_path):
     for o in (run['command'], run['data']['fingerprint'], run['versions']['torch'], f'{run["parameters"]["resizer"]:,}', f'{100*run["metrics"]["accuracy"]:.2f} %'): assert o in html
     (learn.path/'report.html').unlink()
     assert run_report(learn.path).read_text() == html
+    for kind, sizes in dict(learned='64 -&gt; 32', none='64', pil='32').items():
+        (learn.path/'run.json').write_text(json.dumps(run | dict(args=run['args'] | dict(resizer=kind))))
+        assert f'behind the resizer &#34;{kind}&#34;, {sizes} pixels' in run_report(learn.path).read_text()
     facts = dict(re.findall(r'<dt>(.*?)</dt><dd>(.*?)</dd>', html))
     assert float(facts['multiply-adds, all'].split()[0]) > float(facts['multiply-adds, resizer'].split()[0]) == round(run['multiply_adds']['resizer']/1e9, 3)
     assert facts['inference, images/s'] == f'{run["metrics"]["inference_images_per_second"]:.0f}' and 1 < run['metrics']['inference_images_per_second'] < 1e5
