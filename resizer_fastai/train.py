@@ -565,10 +565,9 @@ def check_options(
         if o[k] is not None and o[k]<1: raise UsageError(f'{k} is 1 or more: got {o[k]}')
     for k,zero in dict(lr=False, clip=False, lr_mult=True).items():
         if o[k] is not None and not (0<o[k]<math.inf or zero and o[k]==0): raise UsageError(f'{k} is a number {"of at least" if zero else "above"} 0: got {o[k]}')
-    for k,known in dict(opt=optimizers, schedule=schedules).items():
+    for k,known in dict(opt=optimizers, schedule=schedules, precision=['auto','fp32','bf16','fp16']).items():
         if o[k] not in known: raise UsageError(f'{k} is {" or ".join(known)}: got {o[k]}')
     if o['ema'] is not None and not 0<o['ema']<1: raise UsageError(f'ema is between 0 and 1: got {o["ema"]}')
-    pick_precision(o['precision'])
     if o['pretrained'] and o['schedule']!='one_cycle': raise UsageError('with pretrained the schedule is that of fine_tune: leave schedule out')
     if o['pretrained'] and o['start']: raise UsageError('training starts from pretrained weights or from another run: leave pretrained or start out')
 
@@ -610,6 +609,7 @@ def train_run(
     if before and not changed and is_finished(path, before):
         print(f'{path}: finished before')
         return load_run(path)
+    pick_precision(args['precision'])   # which this device may not have
     _let_go()
     learn = recipe_learner(**_recipe_options(args), path=path, cbs=[MetricsLog(), Checkpoint(), Film()])
     with only_process(path):
