@@ -9,7 +9,7 @@ export RUNS=${RUNS:-runs/tuning} OMP_NUM_THREADS=1 SEED=$1
 shift
 
 settings() {   # NAME OPTIONS: what differs from the recipe
-    cat <<'END'
+    cat <<LIST
 bilinear        --resizer bilinear
 learned         --resizer learned
 zero_init       --resizer learned+zero_init=1
@@ -20,19 +20,17 @@ unshuffle       --resizer learned+out_channels=12+skip_mode=unshuffle
 num_resblocks-1 --resizer learned+num_resblocks=1
 ema             --resizer learned --ema 0.99
 ema-bilinear    --resizer bilinear --ema 0.99
-start           --resizer learned --lr 3e-4 --start RUNS/bilinear-{seed}
-start-bilinear  --resizer bilinear --lr 3e-4 --start RUNS/bilinear-{seed}
+start           --resizer learned --lr 3e-4 --start $RUNS/bilinear-{seed}
+start-bilinear  --resizer bilinear --lr 3e-4 --start $RUNS/bilinear-{seed}
 group           --resizer learned+norm=group
 num_resblocks-4 --resizer learned+num_resblocks=4
 num_kernels-32  --resizer learned+num_kernels=32
-END
+LIST
 }
 
 run() {   # NAME OPTIONS...
     resizer_train --data imagewoof-320 --arch resnet18 --size 128 --out 64 --epochs 6 --cache disk --workers 0 --tune \
         --runs "$RUNS" --name "$1-$SEED" --seed "$SEED" --resume "${@:2}"
 }
-export -f run
-
-settings | { if [ $# -gt 0 ]; then grep -E "^($(IFS='|'; echo "$*")) "; else cat; fi; } | sed "s|RUNS|$RUNS|" |
-    xargs -P "${JOBS:-1}" -L 1 bash -c 'run "$@"' run
+source "$(dirname "$0")/each_setting.sh"
+each_setting "$@"

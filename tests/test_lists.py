@@ -1,0 +1,35 @@
+"The lists of settings in results/: every line is a command that `resizer_train` takes."
+import os, shlex, shutil, subprocess
+from pathlib import Path
+import pytest
+from fastcore.script import anno_parser
+from resizer_fastai.data import parse_size
+from resizer_fastai.train import check_options, resizer_train
+
+results = Path(__file__).parent.parent/'results'
+pytestmark = pytest.mark.skipif(not shutil.which('bash'), reason='no bash')
+
+@pytest.fixture
+def commands(tmp_path):
+    "What a list would run, for a seed and settings"
+    stand_in = tmp_path/'resizer_train'
+    stand_in.write_text('#!/usr/bin/env bash\nprintf "%q " "$@"; echo\n')
+    stand_in.chmod(0o755)
+    def run(name, *args):
+        return subprocess.run(['bash', results/name, *args], capture_output=True, text=True, env=os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', RUNS='runs'))
+    return run
+
+@pytest.mark.parametrize('name,n', [('tuning.sh', 15), ('recipe.sh', 11)])
+def test_every_setting_is_a_run_of_its_own(commands, name, n):
+    res = commands(name, '3')
+    lines = [vars(anno_parser(resizer_train).parse_args(shlex.split(o))) for o in res.stdout.splitlines()]
+    assert res.returncode == 0 and len(lines) == n
+    for o in lines: check_options(o | dict(size=parse_size(o['size']), out=parse_size(o['out'])))
+    assert all(o['tune'] and o['resume'] and o['seed'] == 3 and o['runs'] == 'runs' for o in lines)
+    assert len({o['name'] for o in lines}) == len({tuple((k, v) for k, v in o.items() if k != 'name') for o in lines}) == n
+
+def test_settings_by_name(commands):
+    res = commands('recipe.sh', '0', 'clip-1', 'recipe')
+    assert [o.split()[o.split().index('--name')+1] for o in res.stdout.splitlines()] == ['recipe-0', 'clip-1-0']
+    res = commands('tuning.sh', '0', 'learned', 'learnt')
+    assert res.returncode == 2 and not res.stdout and res.stderr.startswith('no setting learnt: there are bilinear learned ') and len(res.stderr.splitlines()) == 1
