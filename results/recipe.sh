@@ -18,9 +18,13 @@ sgd-0.05            --opt sgd --lr 0.05
 sgd-0.2             --opt sgd --lr 0.2
 flat_cos            --schedule flat_cos
 bs-32               --bs 32
+bs-128              --bs 128
 clip-1              --clip 1
 xresnet50           --arch xresnet50
 zero_init_residual  --zero_init_residual
+fan_in              --fan_in
+resnet50c           --arch timm/resnet50c
+resnet50d           --arch timm/resnet50d
 LIST
 }
 
