@@ -87,6 +87,7 @@ def recipe_learner(
     resizer_args:dict=None, # More arguments of the resizer, such as `norm`
     lr_mult:float=None, # Learning rate of the resizer, as for `resizer_learner`
     opt:str='adamw', # One of `optimizers`
+    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, as in fastai
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, as for `EMACallback`
     zero_init_residual:bool=False, # Start the body's residual blocks as the identity, as `start_as_identity` does
@@ -107,7 +108,7 @@ def recipe_learner(
     dls = get_dls(data, size=out if resizer=='pil' else size, **kwargs)
     if stats: dls.add_tfms([NormalizeInPlace.from_stats(*stats, cuda=dls.device.type!='cpu')], 'after_batch')
     set_seed(seed)
-    learn = resizer_learner(dls, arch, resizer, out, pretrained=pretrained, loss_func=LabelSmoothingCrossEntropyFlat(eps=0.1), metrics=accuracy, opt_func=optimizers[opt],
+    learn = resizer_learner(dls, arch, resizer, out, pretrained=pretrained, loss_func=LabelSmoothingCrossEntropyFlat(eps=0.1), metrics=accuracy, opt_func=optimizers[opt] if eps is None else partial(optimizers[opt], eps=eps),
                             path=path, model_dir='checkpoint', resizer_args=args | (resizer_args or {}), lr_mult=lr_mult, compile=compile, **head,
                             cbs=[*[ChannelsLast()]*channels_last, FiniteLoss(), NumberLosses(), RecalibrateBN(), *precision_cbs(precision, dls.device), *L(cbs),
                                  *([] if clip is None else [GradientClip(clip)]), *([] if ema is None else [EMACallback(ema)])])
@@ -587,10 +588,11 @@ def check_options(
     if o['workers'] is not None and o['workers']<0: raise UsageError(f'workers is a number of processes, 0 or more: got {o["workers"]}')
     for k in ('epochs','bs','limit'):
         if o[k] is not None and o[k]<1: raise UsageError(f'{k} is 1 or more: got {o[k]}')
-    for k,zero in dict(lr=False, clip=False, lr_mult=True).items():
+    for k,zero in dict(lr=False, eps=False, clip=False, lr_mult=True).items():
         if o[k] is not None and not (0<o[k]<math.inf or zero and o[k]==0): raise UsageError(f'{k} is a number {"of at least" if zero else "above"} 0: got {o[k]}')
     for k,known in dict(opt=optimizers, schedule=schedules, precision=['auto','fp32','bf16','fp16']).items():
         if o[k] not in known: raise UsageError(f'{k} is {" or ".join(known)}: got {o[k]}')
+    if o['eps'] is not None and o['opt']=='sgd': raise UsageError('eps is for adamw and adam: sgd has none')
     if o['ema'] is not None and not 0<o['ema']<1: raise UsageError(f'ema is between 0 and 1: got {o["ema"]}')
     if o['pretrained'] and o['schedule']!='one_cycle': raise UsageError('with pretrained the schedule is that of fine_tune: leave schedule out')
     if o['pretrained'] and o['start']: raise UsageError('training starts from pretrained weights or from another run: leave pretrained or start out')
@@ -671,6 +673,7 @@ def resizer_train(
     pretrained:bool=False, # Start from ImageNet's weights: fine_tune instead of the schedule
     start:str=None, # Start from body and head of the finished run in this folder, in which {seed} stands for the seed
     opt:str='adamw', # adamw, adam (the same, as fastai writes it), or sgd with momentum
+    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5
     lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 for learned when pretrained, else 1
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, such as 0.999, to validate and end with

@@ -25,6 +25,11 @@ zero_init_residual  --zero_init_residual
 fan_in              --fan_in
 resnet50c           --arch timm/resnet50c
 resnet50d           --arch timm/resnet50d
+zero+fan_in         --zero_init_residual --fan_in
+zero+eps-1e-6       --zero_init_residual --eps 1e-6
+zero+eps-1e-8       --zero_init_residual --eps 1e-8
+zero+lr-6e-3        --zero_init_residual --lr 6e-3
+zero+bs-32          --zero_init_residual --bs 32
 LIST
 }
 

@@ -19,7 +19,7 @@ def commands(tmp_path):
         return subprocess.run(['bash', results/name, *args], capture_output=True, text=True, env=os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', RUNS='runs'))
     return run
 
-@pytest.mark.parametrize('name,n', [('tuning.sh', 15), ('recipe.sh', 15)])
+@pytest.mark.parametrize('name,n', [('tuning.sh', 15), ('recipe.sh', 20)])
 def test_every_setting_is_a_run_of_its_own(commands, name, n):
     res = commands(name, '3')
     lines = [vars(anno_parser(resizer_train).parse_args(shlex.split(o))) for o in res.stdout.splitlines()]
@@ -29,7 +29,7 @@ def test_every_setting_is_a_run_of_its_own(commands, name, n):
     assert len({o['name'] for o in lines}) == len({tuple((k, v) for k, v in o.items() if k != 'name') for o in lines}) == n
 
 def test_settings_by_name(commands):
-    res = commands('recipe.sh', '0', 'clip-1', 'recipe')
-    assert [o.split()[o.split().index('--name')+1] for o in res.stdout.splitlines()] == ['recipe-0', 'clip-1-0']
+    res = commands('recipe.sh', '0', 'clip-1', 'recipe', 'zero+fan_in')
+    assert [o.split()[o.split().index('--name')+1] for o in res.stdout.splitlines()] == ['clip-1-0', 'recipe-0', 'zero+fan_in-0']
     res = commands('tuning.sh', '0', 'learned', 'learnt')
     assert res.returncode == 2 and not res.stdout and res.stderr.startswith('no setting learnt: there are bilinear learned ') and len(res.stderr.splitlines()) == 1

@@ -142,11 +142,11 @@ def test_settings_are_part_of_the_run(tmp_path, monkeypatch, no_pictures):
     "Arguments of the resizer, its rate, clipping, how the body begins, a split to choose them on: in the command, in the training, and when the run is taken up again"
     begins = []
     monkeypatch.setattr(train, 'fit_recipe', lambda learn, *args: (begins.append(deepcopy(learn.model.body)), fit_recipe(learn, *args)))
-    learn = resizer_train(**small | dict(resizer='learned+num_kernels=8+zero_init=1', limit=50), lr_mult=0.5, clip=1., zero_init_residual=True, tune=True, epochs=1, runs=tmp_path)
+    learn = resizer_train(**small | dict(resizer='learned+num_kernels=8+zero_init=1', limit=50), lr_mult=0.5, clip=1., eps=1e-7, zero_init_residual=True, tune=True, epochs=1, runs=tmp_path)
     command = (learn.path/'run.json').read_text()
-    for o in ("--resizer learned+num_kernels=8+zero_init=1", '--lr_mult 0.5', '--clip 1.0', '--zero_init_residual', '--tune'): assert o in command
+    for o in ("--resizer learned+num_kernels=8+zero_init=1", '--lr_mult 0.5', '--clip 1.0', '--eps 1e-07', '--zero_init_residual', '--tune'): assert o in command
     assert not any(m.weight.any() for n, m in begins[0].named_modules() if n.endswith('bn2')) and all(m.weight.any() for n, m in learn.model.body.named_modules() if n.endswith('bn2'))
-    assert learn.model.resizer.num_kernels == 8 and learn.model.resizer.zero_init and learn.resizer_lr.mult == 0.5 and learn.gradient_clip.max_norm == 1
+    assert learn.model.resizer.num_kernels == 8 and learn.model.resizer.zero_init and learn.resizer_lr.mult == 0.5 and learn.gradient_clip.max_norm == 1 and {h['eps'] for h in learn.opt.hypers} == {1e-7}
     assert all(f.parent.parent.name == 'train' for f in learn.dls.valid_ds.items) and set(np.load(learn.path/'preds.npz')['names']) == {f.relative_to(get_path('sample')).as_posix() for f in learn.dls.valid_ds.items}
     again = train.load_run(learn.path)
     assert again.dls.valid_ds.items == learn.dls.valid_ds.items and again.resizer.num_kernels == 8
