@@ -156,10 +156,10 @@ def test_arms_with_arguments(tmp_path, no_pictures):
     assert list(df.arm) == ['bilinear', 'learned+num_kernels=4', 'learned'] and 0 < df.parameters[1] < df.parameters[2]
     with pytest.raises(UsageError, match="no argument 'kernels'"): compare.resizer_compare(arms='learned+kernels=4', **small, runs=tmp_path)
 
-def made(arm):
+def made(arm, **kwargs):
     "The model of an arm and its batches in two epochs"
     o = compare.cell_options(arm, 5)
-    learn = recipe_learner('sample', 'resnet18', o['resizer'], size=64, out=32, seed=o['seed'], limit=20, bs=10, num_workers=0)
+    learn = recipe_learner('sample', 'resnet18', o['resizer'], size=64, out=32, seed=o['seed'], limit=20, bs=10, num_workers=0, **kwargs)
     set_seed(o['seed'])
     return learn.model, [b for _ in range(2) for b in learn.dls.train]
 
@@ -170,6 +170,12 @@ def test_arms_differ_in_the_resizer_only(arm):
     for part in ('body', 'head'):
         for x, y in zip(getattr(a, part).state_dict().values(), getattr(b, part).state_dict().values(), strict=True): assert torch.equal(x, y)
     for (x, s), (y, t) in zip(batches_a, batches_b, strict=True): assert torch.equal(s, t) and (arm == 'pil' or torch.equal(x, y))
+
+def test_arms_have_a_body_drawn_anew_in_common():
+    "By what comes in, and whatever the resizer has drawn before"
+    a, b = [made(o, fan_in=True)[0].body for o in ('learned', 'bilinear')]
+    for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True): assert torch.equal(x, y)
+    assert abs(a[0].weight.std()/(2/147)**0.5 - 1) < 0.05
 
 def test_again_is_bilinear_with_other_draws():
     (a, _), (b, _) = made('again'), made('bilinear')
