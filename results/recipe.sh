@@ -21,20 +21,20 @@ bs-32               --bs 32
 bs-128              --bs 128
 clip-1              --clip 1
 xresnet50           --arch xresnet50
-zero_init_residual  --zero_init_residual
-fan_in              --fan_in
+zero_init_residual  --body_init identity
+fan_in              --body_init fan_in
 resnet50c           --arch timm/resnet50c
 resnet50d           --arch timm/resnet50d
-zero+fan_in         --zero_init_residual --fan_in
-zero+eps-1e-6       --zero_init_residual --eps 1e-6
-zero+eps-1e-8       --zero_init_residual --eps 1e-8
-zero+lr-6e-3        --zero_init_residual --lr 6e-3
-zero+bs-32          --zero_init_residual --bs 32
+zero+fan_in         --body_init fastai
+zero+eps-1e-6       --body_init identity --eps 1e-6
+zero+eps-1e-8       --body_init identity --eps 1e-8
+zero+lr-6e-3        --body_init identity --lr 6e-3
+zero+bs-32          --body_init identity --bs 32
 LIST
 }
 
 run() {   # NAME OPTIONS...
-    resizer_train --data imagewoof-320 --arch resnet50 --resizer bilinear --size 192 --out 96 --epochs 6 --cache disk --workers 0 --tune \
+    resizer_train --data imagewoof-320 --arch resnet50 --resizer bilinear --size 192 --out 96 --epochs 6 --cache disk --workers 0 --tune --body_init torchvision \
         --runs "$RUNS" --name "$1-$SEED" --seed "$SEED" --resume "${@:2}"
 }
 

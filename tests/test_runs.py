@@ -142,9 +142,9 @@ def test_settings_are_part_of_the_run(tmp_path, monkeypatch, no_pictures):
     "Arguments of the resizer, its rate, clipping, how the body begins, a split to choose them on: in the command, in the training, and when the run is taken up again"
     begins = []
     monkeypatch.setattr(train, 'fit_recipe', lambda learn, *args: (begins.append(deepcopy(learn.model.body)), fit_recipe(learn, *args)))
-    learn = resizer_train(**small | dict(resizer='learned+num_kernels=8+zero_init=1', limit=50), lr_mult=0.5, clip=1., eps=1e-7, zero_init_residual=True, tune=True, epochs=1, runs=tmp_path)
+    learn = resizer_train(**small | dict(resizer='learned+num_kernels=8+zero_init=1', limit=50), lr_mult=0.5, clip=1., eps=1e-7, body_init='identity', tune=True, epochs=1, runs=tmp_path)
     command = (learn.path/'run.json').read_text()
-    for o in ("--resizer learned+num_kernels=8+zero_init=1", '--lr_mult 0.5', '--clip 1.0', '--eps 1e-07', '--zero_init_residual', '--tune'): assert o in command
+    for o in ("--resizer learned+num_kernels=8+zero_init=1", '--lr_mult 0.5', '--clip 1.0', '--eps 1e-07', '--body_init identity', '--tune'): assert o in command
     assert not any(m.weight.any() for n, m in begins[0].named_modules() if n.endswith('bn2')) and all(m.weight.any() for n, m in learn.model.body.named_modules() if n.endswith('bn2'))
     assert learn.model.resizer.num_kernels == 8 and learn.model.resizer.zero_init and learn.resizer_lr.mult == 0.5 and learn.gradient_clip.max_norm == 1 and {h['eps'] for h in learn.opt.hypers} == {1e-7}
     assert all(f.parent.parent.name == 'train' for f in learn.dls.valid_ds.items) and set(np.load(learn.path/'preds.npz')['names']) == {f.relative_to(get_path('sample')).as_posix() for f in learn.dls.valid_ds.items}
@@ -173,7 +173,7 @@ def test_arms_differ_in_the_resizer_only(arm):
 
 def test_arms_have_a_body_drawn_anew_in_common():
     "By what comes in, and whatever the resizer has drawn before"
-    a, b = [made(o, fan_in=True)[0].body for o in ('learned', 'bilinear')]
+    a, b = [made(o, body_init='fan_in')[0].body for o in ('learned', 'bilinear')]
     for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True): assert torch.equal(x, y)
     assert abs(a[0].weight.std()/(2/147)**0.5 - 1) < 0.05
 
