@@ -30,6 +30,8 @@ zero+eps-1e-6       --body_init identity --eps 1e-6
 zero+eps-1e-8       --body_init identity --eps 1e-8
 zero+lr-6e-3        --body_init identity --lr 6e-3
 zero+bs-32          --body_init identity --bs 32
+resnet18            --arch resnet18
+resnet18+fastai     --arch resnet18 --body_init fastai
 LIST
 }
 
