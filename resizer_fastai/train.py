@@ -93,7 +93,7 @@ def recipe_learner(
     eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, as in fastai
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, as for `EMACallback`
-    body_init:str='torchvision', # How a ResNet of torchvision begins from random weights: one of `body_inits`; other bodies begin in their own way
+    body_init:str='fastai', # How a ResNet of torchvision begins from random weights: one of `body_inits`; other bodies begin in their own way
     start:str|Path=None, # Folder of a finished run that body and head are taken from
     channels_last:bool=True, # Keep the channels of a pixel together in memory, as fast convolutions like it
     compile:bool=False, # Compile the model, as for `resizer_learner`
@@ -676,7 +676,7 @@ def resizer_train(
     lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 for learned when pretrained, else 1
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, such as 0.999, to validate and end with
-    body_init:str='torchvision', # How a ResNet of torchvision begins from random weights: fastai, as xresnets do, torchvision, identity (residual blocks), or fan_in (convolutions)
+    body_init:str='fastai', # How a ResNet of torchvision begins from random weights: fastai, as xresnets do, torchvision, identity (residual blocks), or fan_in (convolutions)
     tune:bool=False, # Validate on a fifth of the training images, to choose settings with; the validation images are left alone
     precision:str='auto', # auto, fp32, bf16, or on CUDA fp16
     channels_last:bool=True, # Whether the channels of a pixel lie together in memory
