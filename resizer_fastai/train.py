@@ -31,7 +31,7 @@ import ctypes, fastai, gc, hashlib, platform, shlex, shutil, torchvision
 
 # %% ../nbs/04_train.ipynb #deb81238
 plain_head = dict(lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=None)
-optimizers = dict(adamw=FusedAdamW, adam=Adam, sgd=partial(SGD, mom=0.9))
+optimizers = dict(adamw=FusedAdamW, adam=Adam, ranger=ranger, sgd=partial(SGD, mom=0.9))
 
 # %% ../nbs/04_train.ipynb #0f0143ab
 def start_as_identity(
@@ -90,7 +90,7 @@ def recipe_learner(
     resizer_args:dict=None, # More arguments of the resizer, such as `norm`
     lr_mult:float=None, # Learning rate of the resizer, as for `resizer_learner`
     opt:str='adamw', # One of `optimizers`
-    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, as in fastai
+    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, and 1e-6 for ranger, as in fastai
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, as for `EMACallback`
     body_init:str='fastai', # How a ResNet of torchvision begins from random weights: one of `body_inits`; other bodies begin in their own way
@@ -99,7 +99,7 @@ def recipe_learner(
     compile:bool=False, # Compile the model, as for `resizer_learner`
     stats:tuple=None, # Mean and standard deviation of each channel to normalise with; by default as for `resizer_learner`
     cbs=None, # More callbacks
-    **kwargs # For `get_dls`: `bs`, `resize`, `cache`, `limit`, `valid_pct`, `noisy`, `tune`, `num_workers`
+    **kwargs # For `get_dls`: `bs`, `resize`, `min_scale`, `cache`, `limit`, `valid_pct`, `noisy`, `tune`, `num_workers`
 ) -> Learner:
     "A learner with this project's recipe; with `pil`, images are resized to `out` in the data path, as Pillow does it"
     resizer,args = parse_resizer(resizer)
@@ -593,7 +593,8 @@ def check_options(
         if o[k] is not None and not (0<o[k]<math.inf or zero and o[k]==0): raise UsageError(f'{k} is a number {"of at least" if zero else "above"} 0: got {o[k]}')
     for k,known in dict(opt=optimizers, schedule=schedules, body_init=body_inits, precision=['auto','fp32','bf16','fp16']).items():
         if o[k] not in known: raise UsageError(f'{k} is {" or ".join(known)}: got {o[k]}')
-    if o['eps'] is not None and o['opt']=='sgd': raise UsageError('eps is for adamw and adam: sgd has none')
+    if o['eps'] is not None and o['opt']=='sgd': raise UsageError('eps is for the other optimizers: sgd has none')
+    if o['min_scale'] is not None and not 0<o['min_scale']<=1: raise UsageError(f'min_scale is a share of the area, over 0 and up to 1: got {o["min_scale"]}')
     if o['ema'] is not None and not 0<o['ema']<1: raise UsageError(f'ema is between 0 and 1: got {o["ema"]}')
     if o['pretrained'] and o['schedule']!='one_cycle': raise UsageError('with pretrained the schedule is that of fine_tune: leave schedule out')
     if o['pretrained'] and o['start']: raise UsageError('training starts from pretrained weights or from another run: leave pretrained or start out')
@@ -664,6 +665,7 @@ def resizer_train(
     size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
     out:str='224', # Size in pixels that the resizer puts out
     resize:str='squish', # How images reach the input size: squish, crop or pad
+    min_scale:float=None, # Smallest random crop in training as a share of the image's area, 1 for flips only; by default 0.35, and 1 for sample
     epochs:int=20, # Epochs
     lr:float=3e-3, # Highest learning rate of the schedule
     schedule:str='one_cycle', # one_cycle, flat_cos, or steps: times 0.94 after every second epoch, as in the paper
@@ -671,8 +673,8 @@ def resizer_train(
     seed:int=42, # Of everything that is random
     pretrained:bool=False, # Start from ImageNet's weights: fine_tune instead of the schedule
     start:str=None, # Start from body and head of the finished run in this folder, in which {seed} stands for the seed
-    opt:str='adamw', # adamw, adam (the same, as fastai writes it), or sgd with momentum
-    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5
+    opt:str='adamw', # adamw, adam (the same, as fastai writes it), ranger (fastai's), or sgd with momentum
+    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, and 1e-6 for ranger
     lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 for learned when pretrained, else 1
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, such as 0.999, to validate and end with

@@ -32,6 +32,11 @@ zero+lr-6e-3        --body_init identity --lr 6e-3
 zero+bs-32          --body_init identity --bs 32
 resnet18            --arch resnet18
 resnet18+fastai     --arch resnet18 --body_init fastai
+clip-1+eps-1e-8     --clip 1 --eps 1e-8
+ranger-3e-3         --body_init fastai --opt ranger --schedule flat_cos
+ranger-8e-3         --body_init fastai --opt ranger --schedule flat_cos --lr 8e-3
+min_scale-0.6       --body_init fastai --min_scale 0.6
+bs-32+lr-1.5e-3     --body_init fastai --bs 32 --lr 1.5e-3
 LIST
 }
 

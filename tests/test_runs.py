@@ -65,7 +65,7 @@ def fit(learn, pretrained, done=0, schedule='one_cycle'):
 
 @pytest.mark.parametrize('pretrained,at,ema,opt,schedule', [
     (False, 1, None, 'adamw', 'one_cycle'), (False, 2, None, 'adamw', 'one_cycle'), (True, 1, None, 'adamw', 'one_cycle'), (True, 2, None, 'adamw', 'one_cycle'),
-    (False, 2, 0.9, 'adamw', 'flat_cos'), (True, 1, 0.9, 'adamw', 'one_cycle'), (False, 2, None, 'sgd', 'steps')])
+    (False, 2, 0.9, 'adamw', 'flat_cos'), (True, 1, 0.9, 'adamw', 'one_cycle'), (False, 2, None, 'sgd', 'steps'), (False, 2, None, 'ranger', 'flat_cos')])
 def test_any_epoch_of_either_recipe(tmp_path, pretrained, at, ema, opt, schedule):
     "`fine_tune`, too: after its frozen epoch, and after the first open one; an average of the weights goes on as well, and any schedule"
     def made(name, *cbs): return learner(tmp_path/name, *cbs, ema=ema, opt=opt)
