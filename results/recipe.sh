@@ -39,6 +39,8 @@ min_scale-0.6       --body_init fastai --min_scale 0.6
 bs-32+lr-1.5e-3     --body_init fastai --bs 32 --lr 1.5e-3
 ranger+one_cycle    --body_init fastai --opt ranger
 fastai+flat_cos     --body_init fastai --schedule flat_cos
+fastai+learned      --body_init fastai --resizer learned
+ranger+learned      --body_init fastai --opt ranger --schedule flat_cos --resizer learned
 LIST
 }
 
