@@ -50,7 +50,7 @@ def start_as_xresnet(
 
 def _is_resnet(body): return any(isinstance(o, (BasicBlock,Bottleneck)) for o in body.modules())
 
-body_inits = dict(fastai=start_as_xresnet, torchvision=noop, identity=start_as_identity, fan_in=models.xresnet.init_cnn)
+body_inits = dict(torchvision=noop, fastai=start_as_xresnet, identity=start_as_identity, fan_in=models.xresnet.init_cnn)
 
 # %% ../nbs/04_train.ipynb #67c5f4e5
 def _stats(model): return model.mean.flatten().tolist(), model.std.flatten().tolist()
@@ -93,7 +93,7 @@ def recipe_learner(
     eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, and 1e-6 for ranger, as in fastai
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, as for `EMACallback`
-    body_init:str='fastai', # How a ResNet of torchvision begins from random weights: one of `body_inits`; other bodies begin in their own way
+    body_init:str='torchvision', # How a ResNet of torchvision begins from random weights: one of `body_inits`
     start:str|Path=None, # Folder of a finished run that body and head are taken from
     channels_last:bool=True, # Keep the channels of a pixel together in memory, as fast convolutions like it
     compile:bool=False, # Compile the model, as for `resizer_learner`
@@ -115,7 +115,8 @@ def recipe_learner(
                             cbs=[*[ChannelsLast()]*channels_last, FiniteLoss(), NumberLosses(), RecalibrateBN(), *precision_cbs(precision, dls.device), *L(cbs),
                                  *([] if clip is None else [GradientClip(clip)]), *([] if ema is None else [EMACallback(ema)])])
     if there: _take_over(learn, there)
-    elif not pretrained and _is_resnet(learn.model.body):
+    if body_init!='torchvision':
+        if pretrained or there or not _is_resnet(learn.model.body): raise UsageError('body_init is for a ResNet of torchvision from random weights: leave it out')
         set_seed(seed)   # the resizer has drawn since
         body_inits[body_init](learn.model.body)
     return learn
@@ -598,6 +599,7 @@ def check_options(
     if o['ema'] is not None and not 0<o['ema']<1: raise UsageError(f'ema is between 0 and 1: got {o["ema"]}')
     if o['pretrained'] and o['schedule']!='one_cycle': raise UsageError('with pretrained the schedule is that of fine_tune: leave schedule out')
     if o['pretrained'] and o['start']: raise UsageError('training starts from pretrained weights or from another run: leave pretrained or start out')
+    if o['body_init']!='torchvision' and (o['pretrained'] or o['start']): raise UsageError('body_init is for random weights: leave it out with pretrained or start')
 
 # %% ../nbs/04_train.ipynb #54e8f224
 def keep_memory(
@@ -673,12 +675,12 @@ def resizer_train(
     seed:int=42, # Of everything that is random
     pretrained:bool=False, # Start from ImageNet's weights: fine_tune instead of the schedule
     start:str=None, # Start from body and head of the finished run in this folder, in which {seed} stands for the seed
-    opt:str='adamw', # adamw, adam (the same, as fastai writes it), ranger (fastai's), or sgd with momentum
+    opt:str='adamw', # adamw, adam (the same, as fastai writes it), ranger (fastai's, made for flat_cos), or sgd with momentum
     eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, and 1e-6 for ranger
     lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 for learned when pretrained, else 1
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, such as 0.999, to validate and end with
-    body_init:str='fastai', # How a ResNet of torchvision begins from random weights: fastai, as xresnets do, torchvision, identity (residual blocks), or fan_in (convolutions)
+    body_init:str='torchvision', # How a ResNet of torchvision begins from random weights: torchvision, fastai, as xresnets do, identity (residual blocks), or fan_in (convolutions)
     tune:bool=False, # Validate on a fifth of the training images, to choose settings with; the validation images are left alone
     precision:str='auto', # auto, fp32, bf16, or on CUDA fp16
     channels_last:bool=True, # Whether the channels of a pixel lie together in memory

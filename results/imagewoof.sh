@@ -8,7 +8,7 @@ set -e
 runs=${RUNS:-runs} data=${DATA:-imagewoof-320} learned=learned,learned+zero_init=1
 
 cells() {   # EPOCHS SIZE OUT ARMS SEEDS OPTIONS...
-    resizer_compare --data "$data" --arch resnet50 --opt ranger --schedule flat_cos --epochs "$1" --runs "$runs" --size "$2" --out "$3" --name "imagewoof-$2-$3-$1" --arms "$4" --seeds "$5" "${@:6}"
+    resizer_compare --data "$data" --arch resnet50 --body_init fastai --opt ranger --schedule flat_cos --epochs "$1" --runs "$runs" --size "$2" --out "$3" --name "imagewoof-$2-$3-$1" --arms "$4" --seeds "$5" "${@:6}"
 }
 
 for epochs in 20 5; do

@@ -45,7 +45,7 @@ LIST
 }
 
 run() {   # NAME OPTIONS...
-    resizer_train --data imagewoof-320 --arch resnet50 --resizer bilinear --size 192 --out 96 --epochs 6 --cache disk --workers 0 --tune --body_init torchvision \
+    resizer_train --data imagewoof-320 --arch resnet50 --resizer bilinear --size 192 --out 96 --epochs 6 --cache disk --workers 0 --tune \
         --runs "$RUNS" --name "$1-$SEED" --seed "$SEED" --resume "${@:2}"
 }
 

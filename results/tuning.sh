@@ -29,7 +29,7 @@ LIST
 }
 
 run() {   # NAME OPTIONS...
-    resizer_train --data imagewoof-320 --arch resnet18 --size 128 --out 64 --epochs 6 --cache disk --workers 0 --tune --body_init torchvision \
+    resizer_train --data imagewoof-320 --arch resnet18 --size 128 --out 64 --epochs 6 --cache disk --workers 0 --tune \
         --runs "$RUNS" --name "$1-$SEED" --seed "$SEED" --resume "${@:2}"
 }
 source "$(dirname "$0")/each_setting.sh"
