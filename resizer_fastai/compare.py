@@ -353,11 +353,14 @@ def plot_runs(
     return fig
 
 # %% ../nbs/05_compare.ipynb #9030bc90
-def _differing(root, a, b, names):
-    "Pictures of the images that two runs differ on, if there are any"
-    try: file = save_figure(compare_runs(a, b), root/'images'/'differ.png')
+def _differing(root, cells, arm, base):
+    "Pictures of the images that two arms differ on with the first seed that both have, if there are any"
+    a,b = _seeds(cells[arm]),_seeds(cells[base])
+    common = [o for o in a if o in b]
+    if not common: return []
+    try: file = save_figure(compare_runs(a[common[0]], b[common[0]]), root/'images'/'differ.png')
     except (FileNotFoundError, UsageError): return []   # runs may be brought together without their models
-    return [picture(file, f'Images that only {names[0]} gets right, then images that only {names[1]} does', 'Below each view: what the body says, and how sure it is. Coloured: wrong.')]
+    return [picture(file, f'Images that only {arm} gets right, then images that only {base} does', 'Below each view: what the body says, and how sure it is. Coloured: wrong.')]
 
 def comparison_report(
     root:Path, # Folder of the comparison
@@ -373,10 +376,10 @@ def comparison_report(
     seen = [section(f'What {arm} does', 'With the first seed.', pictures=run_pictures(paths[0], 'resized', 'spectrum', 'response', 'confusion', 'top_losses'))
             for arm,paths in cells.items() if read_run(paths[0])['parameters']['resizer']]
     other = next((o for o in ('learned', *cells) if o in cells and o!=base), None)
-    differ = _differing(root, cells[other][0], cells[base][0], (other,base)) if other else []
+    differ = _differing(root, cells, other, base) if other else []
     names = ['arm','seed','accuracy','valid_loss','seconds']
     sections = [section('Results', *said, table=(head,rows), pictures=[curves], details=dict(title='Every run', table=(names, runs[names].values.tolist()))),
-                *seen, section('Where they differ', 'With the first seed.', pictures=differ),
+                *seen, section('Where they differ', 'With the first seed that both have.', pictures=differ),
                 section('How it was made', 'Images a second are those of the whole loop, reading included.', code='\n'.join(_commands(cells, base)), table=(['what','value'], made_with(first_run)))]
     return write_report(root/'report.html', root.name, [_source_line(cells)], [], [o for o in sections if o['pictures'] or o['table']])
 

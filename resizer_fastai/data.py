@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageFile, ImageOps
 from torchvision.transforms.v2 import functional as tvf2
 from filelock import FileLock
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext,suppress
 from csv import QUOTE_NONNUMERIC
 from functools import lru_cache
 from numbers import Integral
@@ -107,7 +107,7 @@ def get_path(
     "The folder that a data set lies in: `sample` is drawn and fastai's sets are downloaded on first use"
     if str(data)=='sample': return _sample_path()
     if str(data) in _urls: return _fetch(str(data))
-    path = Path(data).expanduser().absolute()
+    path = Path(os.path.abspath(Path(data).expanduser()))
     if not path.is_dir(): raise FileNotFoundError(f'{data} is neither a folder nor one of sample, {", ".join(_urls)}')
     return path
 
@@ -228,10 +228,19 @@ def _cache_dir():
     path.mkdir(parents=True, exist_ok=True)
     return path.absolute()
 
+def _sync(path):
+    "Wait until a file, or a folder with all that is in it, is on the disk"
+    for o in [*path.rglob('*'), path]:
+        with suppress(OSError) if o.is_dir() else nullcontext():   # not every system knows it of a folder
+            fd = os.open(o, os.O_RDONLY if o.is_dir() else os.O_RDWR)
+            try: os.fsync(fd)
+            finally: os.close(fd)
+
 def _write_json(file, d):
-    "Write a whole file or none"
+    "Write a whole file or none, over a power cut as well"
     tmp = file.with_name(f'.{file.name}.{os.getpid()}')
     tmp.write_text(json.dumps(d, indent=1))
+    _sync(tmp)
     tmp.replace(file)
 
 def _names(files, root): return [f.relative_to(root).as_posix() for f in files]
@@ -697,7 +706,7 @@ def folder_report(
     valid_pct:float=None, # As for `split_files`
 ) -> pd.DataFrame: # What `check_images` says, `split` ('train', 'val' or ''), `label`, and `same_as`, the first file with the same pixels
     "What is to be known of every image in a folder"
-    root,files = Path(root).absolute(),image_files(root)
+    root,files = Path(os.path.abspath(root)),image_files(root)
     df = check_images(files)
     try: splits = _split_folders(files) if valid_pct is None else _split_pct(files, valid_pct)
     except ValueError as e:

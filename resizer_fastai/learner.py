@@ -397,6 +397,13 @@ class FiniteLoss(Callback):
         return [str(o) for o in L(items)[list(idxs[self.iter*self.dl.bs:][:self.dl.bs])]]
 
 # %% ../nbs/02_learner.ipynb #a3f2689f
+def _slow_weights(opt, ps):
+    "What `Lookahead` pulls the parameters `ps` to: themselves before its first step; nothing with another optimizer"
+    if not isinstance(opt, Lookahead): return []
+    if opt.slow_weights is None: return ps
+    slow = {p: o for group,slows in zip(opt.param_lists, opt.slow_weights) for p,o in zip(group, slows)}
+    return [slow[p] for p in ps]
+
 class Frozen(Callback):
     "Hold parts of a `ResizerClassifier` still while it trains, their norms and running statistics included"
     order = MixedPrecision.order-2
@@ -406,25 +413,35 @@ class Frozen(Callback):
         if not parts or set(parts)-{'resizer','body','head'}: raise ValueError(f'the parts are resizer, body and head: got {parts}')
         self.parts = parts
     def _modules(self): return [getattr(get_model(self.model), o) for o in self.parts]
+    @torch.no_grad()
     def before_train(self):
         for m in self._modules(): m.eval()
+        held = [p for m in self._modules() for p in m.parameters()]
+        for p,slow in zip(held, _slow_weights(self.opt, held)): slow.copy_(p)
     def before_step(self):   # an optimizer passes over what has no gradient
         for m in self._modules():
             for p in m.parameters(): p.grad = None
 
 # %% ../nbs/02_learner.ipynb #cd959b15
 class ResizerLR(Callback):
-    "Train the resizer at a multiple of the learning rate of its group, with any optimizer whose steps grow with the rate"
+    "Train the resizer at a multiple of the learning rate of its group, with any optimizer whose steps grow with the rate; `Lookahead` pulls as far as ever"
     order = MixedPrecision.order-1   # a step that is skipped there is seen here
     def __init__(self,
         mult:float # Multiple of the group's rate
     ):
         self.mult = mult
     def _params(self): return list(get_model(self.model).resizer.parameters())
-    def before_step(self): self.old = [p.detach().clone() for p in self._params()]
+    def _pulls(self, ahead=0): return isinstance(self.opt, Lookahead) and (self.opt.count+ahead)%self.opt.k==0
+    @torch.no_grad()
+    def before_step(self):   # where a step of no length would leave them
+        ps = self._params()
+        self.still = [torch.lerp(slow, p, self.opt.alpha) for p,slow in zip(ps, _slow_weights(self.opt, ps))] if self._pulls(1) else [p.clone() for p in ps]
     @torch.no_grad()
     def after_step(self):
-        for p,old in zip(self._params(), self.old): p.copy_(torch.lerp(old, p, self.mult))
+        ps = self._params()
+        for p,still in zip(ps, self.still): p.copy_(torch.lerp(still, p, self.mult))
+        if self._pulls():
+            for p,slow in zip(ps, _slow_weights(self.opt, ps)): slow.copy_(p)
 
 # %% ../nbs/02_learner.ipynb #53f111db
 class EMACallback(Callback):

@@ -15,7 +15,7 @@ __all__ = ['plain_head', 'optimizers', 'body_inits', 'schedules', 'start_as_iden
 from fastai.vision.all import *
 from fastai.callback.training import GradientClip
 from filelock import FileLock, Timeout
-from .data import NormalizeInPlace, UsageError, _hw, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
+from .data import NormalizeInPlace, UsageError, _hw, _sync, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
 from .resizer import FixedResizer, SubpixelConv2d, make_resizer, parse_resizer
 from .learner import EMACallback, FiniteLoss, FusedAdamW, RecalibrateBN, ResizerClassifier, evaluating, get_body, pick_precision, precision_cbs, resizer_learner
 from .show import Film, ResizerInterpretation, picture, section, write_report
@@ -549,7 +549,7 @@ def finish_run(
     root:Path, # Folder of the data
     run:dict, # From `start_run`
 ):
-    "Write what came out, and the report; remove the checkpoint"
+    "Write what came out, and the report; remove the checkpoint, and let go of the folder"
     rows,start = learn.metrics_log.rows,time.perf_counter()
     with learn.no_bar(): interp = learn.interpret()
     run['metrics'] = dict(rows[-1], seconds=round(sum(o['seconds'] for o in rows), 2), peak_memory=_peak_memory(learn.dls),
@@ -558,7 +558,9 @@ def finish_run(
     _write_json(learn.path/'run.json', run)
     save_pictures(learn, interp, pd.DataFrame(rows))
     report = run_report(learn.path)
+    _sync(learn.path)
     shutil.rmtree(learn.path/'checkpoint')
+    learn.remove_cbs([learn.metrics_log, learn.checkpoint])
     print(f'{run["args"]["resizer"]}: accuracy {100*run["metrics"]["accuracy"]:.2f} % after {len(rows)} epochs and {run["metrics"]["seconds"]:.0f} s; see {report}', flush=True)
 
 # %% ../nbs/04_train.ipynb #6ac47f1e
@@ -636,7 +638,8 @@ def train_run(
     if path.resolve().is_relative_to(root.resolve()): raise UsageError(f'{path} would lie in the data, {root}: give another folder for the --runs')
     changed = changed_since(before, args) if before else []
     if changed and not afresh: raise UsageError(f'{path} was started with {"; ".join(changed)}: give the run another --name, or remove that folder')
-    if before and not changed and is_finished(path, before):
+    ended = lambda: before and not changed and is_finished(path, before)
+    if ended():
         print(f'{path}: finished before')
         return load_run(path)
     pick_precision(args['precision'])   # which this device may not have
@@ -644,6 +647,7 @@ def train_run(
     learn = recipe_learner(**_recipe_options(args), path=path, cbs=[MetricsLog(), Checkpoint(), Film()])
     with only_process(path):
         if started_run(path)!=before: raise UsageError(f'{path} has been started by another process')
+        if ended(): raise UsageError(f'{path} has been finished by another process')
         run = start_run(learn, root, args, before, changed, like)
         done = learn.checkpoint.load()
         if done: learn.metrics_log.write()   # a power cut may have left it behind its checkpoint

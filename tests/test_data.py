@@ -1,9 +1,11 @@
 "The sample set under several processes, and learners that leave the machine they were made on."
-import subprocess, sys
+import json, os, subprocess, sys
 import pytest, torch
 from fastai.vision.all import get_image_files, load_learner, resnet18
-from resizer_fastai.data import get_dls, get_path
+from conftest import make_images
+from resizer_fastai.data import _write_json, folder_report, get_dls, get_path
 from resizer_fastai.learner import precision_cbs, resizer_learner
+from resizer_fastai.train import data_fingerprint
 
 def test_two_processes_draw_one_whole_set(tmp_path):
     code = f"from resizer_fastai.data import _sample_path; print(_sample_path({str(tmp_path)!r}, n_train=6, n_valid=2))"
@@ -22,6 +24,23 @@ def test_a_drawing_that_is_stopped_leaves_nothing_that_looks_whole(tmp_path, mon
     monkeypatch.setattr(data, 'parallel', stop)
     with pytest.raises(KeyboardInterrupt): data._sample_path(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+def test_a_file_that_is_not_on_the_disk_replaces_none(tmp_path, monkeypatch):
+    def full(fd): raise OSError('No space left on device')
+    file = tmp_path/'run.json'
+    _write_json(file, dict(a=1))
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'): _write_json(file, dict(a=2))
+    assert json.loads(file.read_text()) == dict(a=1)
+
+def test_a_folder_beside_the_one_that_one_is_in(tmp_path, monkeypatch):
+    "Its files are under it, by whatever name it is called"
+    make_images(tmp_path/'photos', [f'{c}/{i}.png' for c in 'ab' for i in range(2)])
+    (tmp_path/'work').mkdir()
+    monkeypatch.chdir(tmp_path/'work')
+    dls = get_dls('../photos', valid_pct=0.5, size=32, bs=1, num_workers=0)
+    assert data_fingerprint(dls.valid_ds.items, get_path('../photos')) == data_fingerprint(dls.valid_ds.items, tmp_path/'photos')
+    assert folder_report('../photos').file.tolist() == ['a/0.png', 'a/1.png', 'b/0.png', 'b/1.png']
 
 def test_export_and_load_learner(tmp_path):
     dls = get_dls('sample', size=64, bs=10, limit=20, num_workers=0)

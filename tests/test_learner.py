@@ -6,7 +6,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.vision.all import (Adam, Callback, CategoryBlock, ClassificationInterpretation, CrossEntropyLossFlat, CutMix, DataBlock,
     DataLoaders, EarlyStoppingCallback, FocalLossFlat, GradientAccumulation, GradientClip, GrandparentSplitter, ImageBlock, IndexSplitter, MixUp, Normalize,
     OptimWrapper, PILImage, PILImageBW, ProgressCallback, ReduceLROnPlateau, Resize, SGD, SaveModelCallback, Tensor, TransformBlock, ValueMetric, accuracy,
-    error_rate, imagenet_stats, load_learner, nn, noop, params, parent_label, plt, resnet18, set_seed, tensor)
+    error_rate, imagenet_stats, load_learner, nn, noop, params, parent_label, plt, ranger, resnet18, set_seed, tensor)
 from safetensors.torch import load_file, save_file
 from resizer_fastai.data import get_dls, get_path, image_files, read_image
 from resizer_fastai.learner import (Autocast, EMACallback, FiniteLoss, Frozen, FusedAdamW, NonFiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR,
@@ -640,13 +640,31 @@ def test_recalibration_leaves_training_alone(make):
     wanted = seen[0].mean((0, 2, 3))
     assert (means(b.model)-wanted).norm() < 0.1*(means(a.model)-wanted).norm()
 
-def test_frozen_parts_do_not_follow_the_optimizer(make):
-    "Neither momentum nor weight decay nor a head that trains moves them, with fastai's own optimizer."
-    learn = make(cut=5, opt_func=Adam, wd=0.1)
+@pytest.mark.parametrize('opt_func', [Adam, ranger])
+def test_frozen_parts_do_not_follow_the_optimizer(make, opt_func):
+    "Neither momentum nor weight decay nor a head that trains moves them, with fastai's own optimizers; nor do the slow weights of `Lookahead`."
+    learn = make(cut=5, opt_func=opt_func, wd=0.1)
     learn.fit(1, 1e-2)
     before = state(learn)
-    learn.fit(1, 1e-2, cbs=Frozen('resizer'))
+    learn.fit(3, 1e-2, cbs=Frozen('resizer'))
+    assert opt_func is not ranger or learn.opt.count//learn.opt.k == 1
     assert {k.split('.')[0] for k in moved(before, state(learn))} == {'body', 'head'}
+
+@pytest.mark.parametrize('mult', [0.1, 5])
+@pytest.mark.parametrize('opt_func', [FusedAdamW, SGD, ranger])
+def test_a_rate_of_its_own_is_that_of_a_group_of_its_own(make, opt_func, mult):
+    "So over many steps, those in which `Lookahead` pulls back among them; with drawn gradients, as others would follow every rounding"
+    def draw(self):
+        for p in self.model.parameters(): p.grad = 1+torch.randn(p.shape)
+    def trained(lr, **kwargs):
+        learn = make(cut=5, opt_func=opt_func, cbs=Callback(before_step=draw), **kwargs)
+        before = nn.utils.parameters_to_vector(learn.resizer.parameters()).detach()
+        set_seed(1)
+        learn.fit(7, lr)
+        assert opt_func is not ranger or learn.opt.count//learn.opt.k == 2
+        return nn.utils.parameters_to_vector(learn.resizer.parameters()).detach()-before
+    apart = trained([mult*1e-3, 1e-3], splitter=lambda m: [params(m.resizer), params(m.body)+params(m.head)])
+    assert (trained(1e-3, lr_mult=mult)-apart).norm() < 1e-4*apart.norm()
 
 def test_another_resizer_keeps_what_is_frozen(make):
     "The optimizer gets the new parameters, and the body stays frozen."

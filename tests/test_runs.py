@@ -3,7 +3,7 @@ import gc, json, os, platform, shutil, signal, subprocess, sys, time, weakref
 from copy import deepcopy
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import Callback, Optimizer, first, risinstance, set_seed
+from fastai.vision.all import Callback, Optimizer, first, plt, risinstance, set_seed
 from conftest import make_images
 from resizer_fastai import compare, train
 from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
@@ -181,16 +181,19 @@ def test_again_is_bilinear_with_other_draws():
     (a, _), (b, _) = made('again'), made('bilinear')
     assert type(a.resizer) is type(b.resizer) and not torch.equal(a.body[0].weight, b.body[0].weight)
 
-def test_collect_takes_what_is_there_and_nothing_else(tmp_path, no_pictures):
+def test_collect_takes_what_is_there_and_nothing_else(tmp_path, monkeypatch, no_pictures):
     "Unfinished and replaced runs are left out; runs with other options are an error that names them"
     args = small | dict(epochs=1, runs=tmp_path, name='c')
-    compare.resizer_compare(arms='bilinear,learned', seeds='0', **args)
-    resizer_train(**small, epochs=1, seed=1, runs=tmp_path/'c')   # learned
+    compare.resizer_compare(arms='bilinear,learned', seeds='1', **args)
+    resizer_train(**small, epochs=1, seed=0, runs=tmp_path/'c')   # learned
     root = tmp_path/'c'
     (root/'sample-resnet18-none-0').mkdir()
     (root/'sample-resnet18-none-0'/'run.json').write_text('{"args": {}, "versions": {}, "metrics": null}')
+    side_by_side = []
+    monkeypatch.setattr(compare, 'compare_runs', lambda a, b: side_by_side.extend([a.name, b.name]) or plt.figure())
     df = compare.resizer_compare(**args, collect=True)
     assert df[['arm', 'seeds']].values.tolist() == [['bilinear', 1], ['learned', 2]] and df.pairs[1] == 1
+    assert side_by_side == ['sample-resnet18-learned-1', 'sample-resnet18-bilinear-1']
     resizer_train(**small, epochs=2, seed=2, runs=root)
     with pytest.raises(UsageError, match='sample-resnet18-learned-2 has other options than'): compare.resizer_compare(**args, collect=True)
     with pytest.raises(UsageError, match='no finished run'): compare.resizer_compare(**args | dict(name='none'), collect=True)
@@ -244,6 +247,38 @@ def test_a_folder_that_another_process_has_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'recipe_learner', meanwhile)
     with pytest.raises(UsageError, match='r has been started by another process'): resizer_train(**small, epochs=1, name='r', runs=tmp_path)
     assert (tmp_path/'r'/'run.json').read_text() == theirs and [o.name for o in tmp_path.iterdir()] == ['r']
+
+def test_a_run_that_another_process_has_finished(tmp_path, monkeypatch, no_pictures):
+    "While this one was reading images: it is left alone"
+    path = resizer_train(**small, epochs=1, runs=tmp_path).path
+    checkpoint = path/'checkpoint'/'last.pth'
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    stamps = {p: p.stat().st_mtime_ns for p in path.rglob('*') if p.is_file() and p != checkpoint}
+    real = train.recipe_learner
+    def meanwhile(**kwargs):
+        checkpoint.unlink()
+        return real(**kwargs)
+    monkeypatch.setattr(train, 'recipe_learner', meanwhile)
+    with pytest.raises(UsageError, match='has been finished by another process'): resizer_train(**small, epochs=1, runs=tmp_path, resume=True)
+    assert {p: p.stat().st_mtime_ns for p in path.rglob('*') if p.is_file()} == stamps
+
+def test_a_run_is_on_the_disk_before_its_checkpoint_goes_and_stays_as_it_is(tmp_path, monkeypatch, no_pictures):
+    "Whatever its learner does next"
+    synced, missed, rmtree = set(), [], shutil.rmtree
+    monkeypatch.setattr(os, 'fsync', lambda fd: synced.add(os.fstat(fd).st_ino))
+    def remove(folder, *args, **kwargs):
+        if folder.name == 'checkpoint': missed.extend(p.name for p in [folder.parent, *folder.parent.rglob('*')] if p.stat().st_ino not in synced)
+        return rmtree(folder, *args, **kwargs)
+    monkeypatch.setattr(shutil, 'rmtree', remove)
+    learn = resizer_train(**small, epochs=1, runs=tmp_path)
+    path = tmp_path/'sample-resnet18-learned-42'
+    stamps = {p: p.stat().st_mtime_ns for p in path.rglob('*')}
+    assert missed == [] and path/'preds.npz' in stamps and not (path/'checkpoint').exists()
+    with learn.no_bar(), learn.no_logging():
+        learn.validate()
+        learn.fit(1)
+    assert {p: p.stat().st_mtime_ns for p in path.rglob('*')} == stamps
 
 def test_runs_are_brought_together_without_their_models(tmp_path, no_pictures):
     "What a table needs of a cell is small: run.json, metrics.csv and preds.npz"
