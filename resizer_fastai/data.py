@@ -509,7 +509,8 @@ class ImageDL(TfmdDL):
         return res
 
     def create_batches(self, samps):
-        if self.images is None: yield from super().create_batches(samps)
+        others = [o for p in (self.after_item,self.before_batch) for o in getattr(p, 'fs', []) if not isinstance(o, ToTensor)]   # which want an image at a time
+        if self.images is None or others: yield from super().create_batches(samps)
         else: yield from map(self._take, self.chunkify(samps))
 
     def _take(self, idxs):
@@ -628,6 +629,10 @@ def cache_images(
         elif cache=='disk': dl.keep(_disk_images(dl, shape, read))
         else: dl.keep(_memory_images(dl, shape, at))
     return dls
+
+def _own_loader(dl):
+    "The loader that `DistributedTrainer` has put its own around, or `dl`"
+    return vars(dl).get('dl', dl)
 
 def image_reader(
     dls:DataLoaders

@@ -13,14 +13,14 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.utils import is_jsonable
 from safetensors.torch import load_model as load_safetensors
 from fastai.callback.fp16 import MixedPrecision
-from .data import NormalizeInPlace, ReadImage, UsageError, _hw, image_reader
+from .data import NormalizeInPlace, ReadImage, UsageError, _hw, image_reader, _own_loader
 from .resizer import Resizer, make_resizer, resizer_config, save_resizer
 from collections.abc import Callable
 from contextlib import nullcontext
 from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models import VisionTransformer
-import difflib, torchvision
+import difflib, torchvision, traceback
 
 # %% ../nbs/02_learner.ipynb #f61360ed
 def body_names():
@@ -175,7 +175,7 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         if resizer=='learned': resizer_args = dict(in_channels=n_in, out_channels=n_in) | resizer_args
         self.resizer = resizer if isinstance(resizer, nn.Module) else make_resizer(resizer, size, **resizer_args)
         self.body,self.head = joint
-        self.arch,self.vocab,self.autocast,self.averaging = get_body(arch),vocab,None,False
+        self.arch,self.vocab,self.autocast,self.averaging = get_body(arch),vocab,None,None
         self.register_load_state_dict_pre_hook(_take_average)
         self.read = ReadImage(input_size, resize, **({} if background is None else dict(background=background)))
         stat = lambda o,default: tensor(default if o is None else o, dtype=torch.float).view(-1,1,1)
@@ -204,7 +204,7 @@ def set_resizer(self:ResizerClassifier,
     if n!=self.n_small: raise ValueError(f'this resizer puts out {n} channels, and the body takes {self.n_small}')
     self.resizer = resizer
     config = resizer_config(resizer)
-    self._hub_mixin_config |= dict(resizer=config.pop('name'), size=config.pop('size', 0), resizer_args=config) if config else dict(resizer=resizer)
+    self._hub_mixin_config |= dict(resizer=config.pop('name'), size=config.pop('size', self._hub_mixin_config['size']), resizer_args=config) if config else dict(resizer=resizer)
 
 # %% ../nbs/02_learner.ipynb #45313a33
 @patch
@@ -213,6 +213,7 @@ def save_pretrained(self:ResizerClassifier,
     **kwargs # For the Hub's mixin, such as `push_to_hub`
 ):
     "Write the model without pickle, unless `config.json` could not bring it back"
+    if isinstance(self._hub_mixin_config['resizer'], str): self._hub_mixin_config['size'] = getattr(self.resizer, 'size', self._hub_mixin_config['size'])   # which may have changed
     lost = [k for k,v in self._hub_mixin_config.items() if not is_jsonable(v)]
     if lost: raise ValueError(f'config.json cannot hold {", ".join(lost)} of this model: pass names in place of functions and modules, or use learn.export')
     return super(ResizerClassifier, self).save_pretrained(path, **kwargs)
@@ -425,22 +426,23 @@ class Frozen(Callback):
 # %% ../nbs/02_learner.ipynb #cd959b15
 class ResizerLR(Callback):
     "Train the resizer at a multiple of the learning rate of its group, with any optimizer whose steps grow with the rate; `Lookahead` pulls as far as ever"
-    order = MixedPrecision.order-1   # a step that is skipped there is seen here
+    order = MixedPrecision.order-1
     def __init__(self,
         mult:float # Multiple of the group's rate
     ):
-        self.mult = mult
+        self.mult,self.still = mult,[]
     def _params(self): return list(get_model(self.model).resizer.parameters())
     def _pulls(self, ahead=0): return isinstance(self.opt, Lookahead) and (self.opt.count+ahead)%self.opt.k==0
     @torch.no_grad()
     def before_step(self):   # where a step of no length would leave them
         ps = self._params()
         self.still = [torch.lerp(slow, p, self.opt.alpha) for p,slow in zip(ps, _slow_weights(self.opt, ps))] if self._pulls(1) else [p.clone() for p in ps]
+    def after_cancel_step(self): self.still = []
     @torch.no_grad()
-    def after_step(self):
-        ps = self._params()
-        for p,still in zip(ps, self.still): p.copy_(torch.lerp(still, p, self.mult))
-        if self._pulls():
+    def after_step(self):   # which comes after a step that is skipped, too
+        ps,still,self.still = self._params(),self.still,[]
+        for p,o in zip(ps, still): p.copy_(torch.lerp(o, p, self.mult))
+        if still and self._pulls():
             for p,slow in zip(ps, _slow_weights(self.opt, ps)): slow.copy_(p)
 
 # %% ../nbs/02_learner.ipynb #53f111db
@@ -450,47 +452,63 @@ class EMACallback(Callback):
     def __init__(self,
         decay:float=0.999, # Share of the average that each step keeps, in the end; less in the first steps
     ):
-        self.decay,self.average,self.swapped,self.hooks = decay,None,False,[]
+        self.decay,self.average,self.shown,self.validations,self.hooks = decay,None,False,0,[]
 
     def before_fit(self): self._end()   # where the last fit was interrupted
     def before_train(self):   # `get_preds` and `validate` call before_fit as well
         if hasattr(self.learn, 'lr_finder'): return
+        self._show(False)   # where a validation was broken off
+        self.validations = 0
         if len(self.hooks)>1: self.hooks.pop().remove()
         if self.average is not None: return
         m = get_model(self.model)
         self.average = AveragedModel(m, multi_avg_fn=self._update, use_buffers=True)
-        self.hooks,m.averaging = [m.register_load_state_dict_pre_hook(self._load)],True
+        self.hooks,m.averaging = [m.register_load_state_dict_pre_hook(self._load)],self
 
     def _update(self, averages, current, _):
         n = self.average.n_averaged.item()
         get_ema_multi_avg_fn(min(self.decay, (1+n)/(10+n)))(averages, current, n)
-    def _save(self, model, state, *_): state.update({f'average.{k}': v for k,v in self.average.state_dict().items()})
+    def _fits(self): return self.learn and any(f.f_code is Learner.fit.__code__ for f,_ in traceback.walk_stack(None))
+    def _save(self, model, state, *_):
+        if self.learn and self.average is not None: state.update({f'average.{k}': v for k,v in self.average.state_dict().items()})
     def _load(self, model, state, *_):
-        if self.swapped: self._swap()
+        if not self._fits(): self._stop(model)   # the fit was interrupted, and nothing said so
+        if self.average is None: return _take_average(model, state)
+        self._show(False)
         average = {k.removeprefix('average.'): state.pop(k) for k in list(state) if k.startswith('average.')}
         if average: self.average.load_state_dict(average)
 
-    def _swap(self):
-        if self.average is None: return
+    def _show(self, average):
+        "Have the average, or the weights that train, in the model, and the other of them in `self.average`"
+        if self.average is None or self.shown==average: return
         a,b = [[*m.parameters(), *m.buffers()] for m in (self.average.module, get_model(self.model))]
         for p,q in zip(a, b): p.data,q.data = q.data,p.data
-        self.swapped = not self.swapped
+        self.shown = average
+
+    def _stop(self, model):
+        "Average no more, with what is in the model"
+        if model.averaging is self: model.averaging = None
+        self.average,self.shown,self.validations = None,False,0
 
     def _end(self):
-        if self.swapped: self._swap()
+        self._show(False)
         for o in self.hooks: o.remove()
-        get_model(self.model).averaging = False
-        self.average,self.swapped,self.hooks = None,False,[]
+        self.hooks = []
+        self._stop(get_model(self.model))
 
     def after_step(self):
         if self.average is not None: self.average.update_parameters(get_model(self.model))
-    def before_validate(self): self._swap()
+    def before_validate(self):
+        self.validations += 1
+        self._show(True)
     def after_validate(self):
-        self._swap()
+        self.validations = max(0, self.validations-1)
+        if self.validations>0: return   # predictions that another callback wants meanwhile
+        self._show(False)
         if self.average is not None: self.hooks.append(get_model(self.model).register_state_dict_post_hook(partial(self._save)))   # which sets an attribute
     def after_fit(self):
-        self._swap()
-        self.swapped = False   # for good
+        self._show(True)
+        self.shown = False   # for good
         self._end()
 
 # %% ../nbs/02_learner.ipynb #f02f27d6
@@ -501,22 +519,27 @@ class RecalibrateBN(Callback):
         n:int=16 # Training batches to measure on
     ):
         self.n,self.norms = n,[]
+    def before_fit(self): self.norms = []   # `validate` and `get_preds` call it, too
     def after_train(self): self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]   # not the frozen ones
     def before_validate(self):
-        was,self.norms = {m: m.momentum for m in self.norms},[]
+        was,self.norms = {m: (m.momentum,deepcopy(m.state_dict())) for m in self.norms},[]
         for m in was:
             m.reset_running_stats()
             m.momentum = None   # the mean over all batches
             m.train()
         try:
             if was: self._pass()
+        except BaseException:
+            for m,(_,state) in was.items(): m.load_state_dict(state)
+            raise
         finally:
-            for m,momentum in was.items():
+            for m,(momentum,_) in was.items():
                 m.momentum = momentum
                 m.eval()
     @torch.no_grad()
     def _pass(self):
-        dl = self.dls.train.new() if isinstance(self.dls.train, DataLoader) else self.dls.train
+        dl = _own_loader(self.dls.train)
+        if isinstance(dl, DataLoader): dl = dl.new()
         with no_random(), torch.compiler.set_stance('force_eager'):   # a mean over all batches cannot be compiled in one piece
             for b in itertools.islice(dl, self.n):
                 for cb in self.learn._grab_cbs(Autocast): cb.before_batch()
@@ -628,7 +651,8 @@ def resizer(self:Learner,
     resizer:str|nn.Module, # One of `resizer_names`, or a module, of which a copy is taken
 ):
     m,frozen = self.model,self.opt.frozen_idx if self.opt else 0
-    resizer = make_resizer(resizer, getattr(m.resizer, 'size', 224)) if isinstance(resizer, str) else deepcopy(resizer)
+    size,more = getattr(m.resizer, 'size', m._hub_mixin_config['size']),dict(in_channels=m.n_in, out_channels=m.n_small) if resizer=='learned' else {}
+    resizer = make_resizer(resizer, size, **more) if isinstance(resizer, str) else deepcopy(resizer)
     _check_resizer_stats(m, resizer)
     m.set_resizer(resizer.to(one_param(m).device))
     self.create_opt()

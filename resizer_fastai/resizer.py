@@ -600,7 +600,7 @@ def resizer_config(
     "Arguments of `make_resizer` that give a resizer like this one"
     name = next((k for k,(cls,_) in resizer_names.items() if type(resizer) is cls), None)
     if name is None: return None
-    return dict(name=name) | getattr(resizer, '__stored_args__', {})   # nn.Identity has none
+    return dict(name=name) | {k: getattr(resizer, k) if k=='size' else v for k,v in getattr(resizer, '__stored_args__', {}).items()}   # nn.Identity has none, and a size may have changed
 
 # %% ../nbs/01_resizer.ipynb #a473934a
 def _weights_file(file): return Path(file) if Path(file).suffix=='.safetensors' else Path(f'{file}.safetensors')

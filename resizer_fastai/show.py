@@ -9,7 +9,7 @@ __all__ = ['fixed_names', 'plain_text', 'muller_resnet50', 'resizer_title', 'res
 
 # %% ../nbs/03_show.ipynb #27ecc334
 from fastai.vision.all import *
-from .data import UsageError
+from .data import UsageError, _own_loader
 from .learner import ResizerClassifier, evaluating
 from .resizer import FixedResizer, MullerResizer, make_resizer, resizer_config, resizer_names
 from base64 import b64encode
@@ -99,7 +99,7 @@ def _batch(learn, items):
     if not isinstance(learn.dls.valid, TfmdDL): raise ValueError('places in the validation set need the DataLoaders of fastai: pass images')
     n = len(learn.dls.valid_ds)
     if min(items)<0 or max(items)>=n: raise ValueError(f'the validation set holds {n} images, counted from 0: got {items}')
-    with no_random(reproducible=False): b = first(learn.dls.valid.new(bs=len(items), shuffle=False, num_workers=0, get_idxs=lambda: items))
+    with no_random(reproducible=False): b = first(_own_loader(learn.dls.valid).new(bs=len(items), shuffle=False, num_workers=0, get_idxs=lambda: items))
     return b[0], [_label(learn.dls.vocab, b[1][i]) for i in range(len(items))]
 
 def _label(vocab, y):
@@ -492,7 +492,9 @@ def _explored(learn, i):
     x,_ = _batch(learn, [i])
     views = resized_views(learn.model, x, ('bilinear',))
     m,x = learn.model,x.as_subclass(Tensor).to(learn.model.mean.device)
-    with evaluating(m): logits = [m.head(m.body(r(x))) for r in (FixedResizer(views['resized'].shape[-2:]), m.resizer)]
+    plain = FixedResizer(views['resized'].shape[-2:])(x)
+    if getattr(m.resizer, 'skip_mode', None)=='unshuffle': plain = m.resizer.skip(plain)
+    with evaluating(m): logits = [m.head(m.body(o)) for o in (plain, m.resizer(x))]
     return {k: v[0] for k,v in views.items()}, _probabilities(learn, torch.cat(logits).float().cpu())
 
 @plain_text

@@ -2,10 +2,10 @@
 import os, pickle, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from fastai.vision.all import ClassificationInterpretation, PILImage, load_learner, plt, resnet18, set_seed
+from fastai.vision.all import ClassificationInterpretation, PILImage, Transform, load_learner, plt, resnet18, set_seed
 from conftest import make_images
 from resizer_fastai import data
-from resizer_fastai.data import cache_images, caches, get_dls
+from resizer_fastai.data import HWCImage, cache_images, caches, get_dls, resizer_block
 from resizer_fastai.learner import resizer_learner
 
 kept = caches[1:]
@@ -223,6 +223,17 @@ def test_a_learner_works_with_every_cache(folder, cache, tmp_path):
     assert cache == 'none' or images > 190_000
     loaded = load_learner(tmp_path/'learn.pkl')
     with loaded.no_bar(): assert torch.allclose(loaded.predict(files[0])[2], preds[0], atol=1e-5)
+
+@pytest.mark.parametrize('cache', kept)
+def test_transforms_of_single_images_are_not_lost(folder, cache):
+    "They get each image as they do without a cache, in `learn.tta`, too"
+    class Invert(Transform):
+        def encodes(self, x:HWCImage): return 255-x
+    plain, inverted = [resizer_block((32, 48)).new(item_tfms=o).dataloaders(folder, bs=6, num_workers=0, shuffle=False) for o in (None, Invert())]
+    want = inverted.valid.one_batch()[0]
+    assert not torch.equal(want, plain.valid.one_batch()[0])
+    for dls in (plain, inverted): cache_images(dls, cache)
+    for dl in (inverted.valid, plain.valid.new(after_item=Invert())): assert torch.equal(dl.one_batch()[0], want)
 
 def test_only_our_own_loaders_are_cached(folder):
     from fastai.vision.all import ImageDataLoaders, Resize

@@ -1,17 +1,19 @@
 "What fastai's users do with the learner of `vision_learner`, done with that of `resizer_learner`."
-import json, random, re, shutil, warnings
+import json, random, re, shutil, sys, warnings
 from copy import deepcopy
 from functools import partial
+from types import ModuleType
 import numpy as np, pytest, torch, torch.nn.functional as F
-from fastai.vision.all import (Adam, Callback, CategoryBlock, ClassificationInterpretation, CrossEntropyLossFlat, CutMix, DataBlock,
-    DataLoaders, EarlyStoppingCallback, FocalLossFlat, GradientAccumulation, GradientClip, GrandparentSplitter, ImageBlock, IndexSplitter, MixUp, Normalize,
+from fastai.vision.all import (Adam, Callback, CancelEpochException, CancelFitException, CancelStepException, CancelValidException, CategoryBlock, ClassificationInterpretation, CrossEntropyLossFlat, CutMix, DataBlock,
+    DataLoaders, EarlyStoppingCallback, FetchPredsCallback, FocalLossFlat, GradientAccumulation, GradientClip, GrandparentSplitter, ImageBlock, IndexSplitter, MixUp, Normalize,
     OptimWrapper, PILImage, PILImageBW, ProgressCallback, ReduceLROnPlateau, Resize, SGD, SaveModelCallback, Tensor, TransformBlock, ValueMetric, accuracy,
     error_rate, imagenet_stats, load_learner, nn, noop, params, parent_label, plt, ranger, resnet18, set_seed, tensor)
 from safetensors.torch import load_file, save_file
 from resizer_fastai.data import get_dls, get_path, image_files, read_image
 from resizer_fastai.learner import (Autocast, EMACallback, FiniteLoss, Frozen, FusedAdamW, NonFiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR,
     resizer_learner)
-from resizer_fastai.resizer import FixedResizer, Resizer
+from resizer_fastai.resizer import FixedResizer, Resizer, load_resizer
+from resizer_fastai.show import Film
 
 needs_compiler = pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason='what these do where there is no CUDA')
@@ -616,9 +618,11 @@ def test_callbacks_go_with_the_others(cb, make, tmp_path):
     assert same(state(learn), before)
     learn.fit(1, 1e-3)
     preds, _ = learn.get_preds()
+    learn.lr_find(num_it=4, show_plot=False, suggest_funcs=None)
     learn.export('learn.pkl')
     with warnings.catch_warnings(action='ignore'): again = load_learner(tmp_path/'learn.pkl')
     torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(learn.dls.valid_ds.items))[0], preds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(learn.get_preds()[0], preds, atol=1e-5, rtol=0)
     learn.fit(1, 1e-3)
     assert len(learn.recorder.values) == 1 and all(p.requires_grad for p in learn.model.parameters())
 
@@ -653,14 +657,19 @@ def test_frozen_parts_do_not_follow_the_optimizer(make, opt_func):
 @pytest.mark.parametrize('mult', [0.1, 5])
 @pytest.mark.parametrize('opt_func', [FusedAdamW, SGD, ranger])
 def test_a_rate_of_its_own_is_that_of_a_group_of_its_own(make, opt_func, mult):
-    "So over many steps, those in which `Lookahead` pulls back among them; with drawn gradients, as others would follow every rounding"
+    "So over many steps, those in which `Lookahead` pulls back among them, and those that are skipped; with drawn gradients, as others would follow every rounding"
     def draw(self):
         for p in self.model.parameters(): p.grad = 1+torch.randn(p.shape)
+        if self.train_iter in skipped[0]: raise CancelStepException
+    def skip(self):   # as for gradients that are not finite
+        if self.train_iter in skipped[1]: raise CancelStepException
+    skipped, late = [(3, 9), (6, 8, 11)], Callback(before_step=skip)
+    late.order = 60
     def trained(lr, **kwargs):
-        learn = make(cut=5, opt_func=opt_func, cbs=Callback(before_step=draw), **kwargs)
+        learn = make(cut=5, opt_func=opt_func, cbs=[Callback(before_step=draw), late], **kwargs)
         before = nn.utils.parameters_to_vector(learn.resizer.parameters()).detach()
         set_seed(1)
-        learn.fit(7, lr)
+        learn.fit(10, lr)
         assert opt_func is not ranger or learn.opt.count//learn.opt.k == 2
         return nn.utils.parameters_to_vector(learn.resizer.parameters()).detach()-before
     apart = trained([mult*1e-3, 1e-3], splitter=lambda m: [params(m.resizer), params(m.body)+params(m.head)])
@@ -705,6 +714,74 @@ def test_load_after_an_interrupted_validation(make):
     learn.validate()
     assert same(state(learn), clean)
 
+@pytest.mark.parametrize('where', ['before_step', 'before_validate', 'after_epoch'])
+@pytest.mark.parametrize('kept', [True, False], ids=['in the learner', 'for one fit'])
+def test_the_best_after_an_interruption(make, where, kept):
+    "It comes back as it was validated, and can be saved, loaded and trained again, though nobody told the average of the end."
+    validated = watch('before_validate', lambda cb: state(cb.learn))
+    stop = Callback(**{where: lambda self: ctrl_c() if self.epoch == 1 else None})
+    stop.order = 90
+    cbs = [EMACallback(0.8), SaveModelCallback('score', fname='best')]
+    learn = make(cut=5, metrics=scripted(3, 1, 1), cbs=[validated, *cbs[:kept]])
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-2, cbs=[*cbs[kept:], stop])
+    best = validated.seen[0]
+    learn.load('best')
+    assert same(state(learn), best)
+    learn.validate()
+    assert same(state(learn), best)
+    learn.save('again')
+    if not kept: learn.fit(1, 1e-2)
+    learn.load('again')
+    assert same(state(learn), best)
+    learn.fit(1, 1e-2, cbs=[] if kept else EMACallback(0.8))
+    assert same(state(learn), validated.seen[-1]) and not [k for k in learn.model.state_dict() if k.startswith('average')]
+
+@pytest.mark.parametrize('event,stop', [('before_validate', CancelValidException), ('after_pred', CancelEpochException), ('after_pred', CancelFitException)])
+def test_average_and_a_validation_that_is_cancelled(make, event, stop):
+    "Training goes on with the weights, and the learner ends with the average."
+    def cancel(self):
+        if not self.training and self.epoch == 1: raise stop
+    trained, started = watch('after_train', lambda cb: (state(cb.learn), deepcopy(cb.ema.average.module.state_dict())), order=0), watch('before_batch', lambda cb: cb.training and cb.iter == 0 and state(cb.learn))
+    learn = make(cut=5, cbs=[EMACallback(0.8), trained, started, Callback(**{event: cancel})])
+    learn.fit(2 if stop is CancelFitException else 3, 1e-2)
+    for (weights, _), start in zip(trained.seen, [o for o in started.seen if o][1:]): assert same(weights, start)
+    assert same(state(learn), trained.seen[-1][1])
+
+def test_predictions_within_a_validation_are_of_the_average(make):
+    "And what comes after them is, too."
+    validated, saved = FetchPredsCallback(), watch('after_epoch', lambda cb: {k for k in cb.learn.model.state_dict() if not k.startswith('average')})
+    learn = make(cut=5)
+    learn.fit(2, 1e-3, cbs=[EMACallback(0.8), validated, saved])
+    torch.testing.assert_close(validated.preds[0], learn.get_preds()[0], atol=1e-6, rtol=0)
+    assert not learn.model._state_dict_hooks and saved.seen[-1] == set(learn.model.state_dict())
+
+def test_loaders_of_several_processes(make, monkeypatch):
+    "`DistributedTrainer` puts its own loaders around the learner's."
+    accelerate = ModuleType('accelerate')
+    accelerate.Accelerator = type('Accelerator', (), dict(__init__=lambda self: None))
+    monkeypatch.setitem(sys.modules, 'accelerate', accelerate)
+    from fastai.distributed import DistributedDL
+    monkeypatch.setattr(DistributedDL, '_broadcast', lambda self, t, rank: t)
+    learn = make(new_dls(), cut=5, cbs=[RecalibrateBN(1), Film(n=2)])
+    learn.dls.loaders = [DistributedDL(o, 0, 1) for o in learn.dls.loaders]
+    assert moved_by(learn, 1e-2) >= filters(learn) and len(learn.film.frames) == 2
+
+def test_the_target_size_is_kept(make, tmp_path):
+    "When it was changed, by a resizer that has none, and with grey images."
+    learn = make(cut=5)
+    learn.resizer.size = (24, 40)
+    learn.save_pretrained(tmp_path/'m')
+    assert ResizerClassifier.from_pretrained(tmp_path/'m')(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    for r in (ResizerClassifier.from_pretrained(tmp_path/'m').resizer, load_resizer(learn.save_resizer(tmp_path/'r'))): assert tuple(r.size) == (24, 40)
+    learn = make(cut=5, resizer='none', size=48)
+    learn.resizer = 'learned'
+    assert tuple(learn.resizer(torch.zeros(1, 3, 64, 64)).shape[-2:]) == (48, 48)
+    grey = ResizerClassifier('resnet18', 2, 'bilinear', 32, n_in=1, cut=5)
+    learn = make(resizer=nn.Identity(), cut=5)
+    learn.model = grey
+    learn.resizer = 'learned'
+    assert learn.resizer(torch.zeros(1, 1, 64, 64)).shape == (1, 1, 32, 32)
+
 def test_frozen_parts_train_again_after_an_interruption(make):
     learn = make(cut=5)
     with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2, cbs=[Frozen('body'), Callback(before_step=ctrl_c)])
@@ -723,11 +800,13 @@ def test_recalibration_meets_the_other_callbacks(make):
     learn.fit(1, 1e-2, cbs=[Frozen('body'), RecalibrateBN()])
     assert {k.split('.')[0] for k in moved(before, state(learn))} == {'resizer', 'head'}
 
-def test_interrupted_recalibration_leaves_momentum(make):
-    learn = make(cut=5)
+def test_interrupted_recalibration_leaves_momentum_and_statistics(make):
+    trained = watch('after_train', lambda cb: state(cb.learn))
+    learn = make(cut=5, cbs=trained)
     at = learn.model.register_forward_hook(lambda m, *args: ctrl_c() if m.resizer.stem[-1].momentum is None else None)
     with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-2, cbs=RecalibrateBN())
     at.remove()
+    assert same(state(learn), trained.seen[0])
     assert {m.momentum for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} == {0.1}
 
 def torch_dls(poison=False):

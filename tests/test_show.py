@@ -8,7 +8,7 @@ from conftest import make_images, repo
 from resizer_fastai.data import UsageError, get_dls, get_path
 from resizer_fastai.learner import EMACallback, Frozen, resizer_learner
 from resizer_fastai.resizer import make_resizer
-from resizer_fastai.show import Film, class_spectra, explore, grating_gain, picture, resized_views, section, value_range, write_report, zone_plate
+from resizer_fastai.show import Film, _explored, class_spectra, explore, grating_gain, picture, resized_views, section, value_range, write_report, zone_plate
 from resizer_fastai.train import load_run, plot_curves, resizer_train, run_report
 
 plain = dict(pretrained=False, lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=None)
@@ -333,6 +333,17 @@ def test_explore_turns_pages(learn):
     assert (nth.value, nth.max, share.layout.display) == (0, 1, None)
     view.value = 'side by side'
     assert share.layout.display == 'none'
+
+def test_explore_with_pixels_in_channels():
+    "The plain resize beside it is the image, moved into channels as the resizer's skip does"
+    pytest.importorskip('ipywidgets')
+    l = small(resizer_args=dict(out_channels=12, skip_mode='unshuffle'))
+    with torch.no_grad():
+        l.resizer.out.weight.zero_()
+        if l.resizer.out.bias is not None: l.resizer.out.bias.zero_()
+    _, probs = _explored(l, 0)
+    torch.testing.assert_close(probs[0], probs[1], atol=1e-5, rtol=0)
+    assert explore(l).children[1].value
 
 def test_missing_ipywidgets_is_one_sentence(learn, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
