@@ -253,7 +253,7 @@ def _records(df): return loads(df.to_json(orient='records'))
 
 @contextmanager
 def _cold_compiler():
-    "Compile as if for the first time on this machine"
+    "Compile into an empty cache, in which a network finds what those before it have left there"
     with tempfile.TemporaryDirectory() as tmp, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=tmp): yield
 
 def _takes(cell):
@@ -513,32 +513,34 @@ def _memory():
     except OSError: return None
     return 1024*kb
 
-def _epoch(dl, size):
-    "Images, and most memory, of one pass over `dl`"
-    n,most = 0,0
-    for i,(x,y) in enumerate(dl):
+def _epoch(dl, size, look=noop):
+    "Images of one pass over `dl`, with a `look` beside each batch"
+    n = 0
+    for x,y in dl:
         n += len(x)
-        if i%4==3: most = max(most, _memory() or 0)
+        look()
     if x.is_cuda: torch.cuda.synchronize()
     if x.dtype!=torch.float32 or x.shape[1:]!=(3,*size) or x.min()>=0: raise RuntimeError(f'no normalised batch of {size}: {x.dtype}, {x.shape}')
-    return n,most
+    return n
 
 def time_loader(
     make:Callable, # Makes a training loader
     size:list, # Height and width of its batches
     epochs:int=3, # Passes over it
-) -> dict: # Images a second in the first epoch and in later ones, and bytes of memory
+) -> dict: # Images a second in the first epoch and in later ones, and bytes of memory in one more
     "How fast a loader is"
     gc.collect()
-    before,rates,most = _memory() or 0,[],0
+    before,rates,seen = _memory(),[],[]
     start = time.perf_counter()
     dl = make()
     for _ in range(epochs):
-        n,m = _epoch(dl, size)
+        n = _epoch(dl, size)
         rates.append(n/(time.perf_counter()-start))
-        most,start = max(most, m),time.perf_counter()
+        start = time.perf_counter()
+    _epoch(dl, size, lambda: seen.append(_memory()))   # which takes its time
+    told = [o for o in seen if o]
     workers = dl.fake_l.num_workers if hasattr(dl, 'fake_l') else dl.num_workers
-    return dict(workers=workers, first=rates[0], later=1/np.mean([1/o for o in rates[1:]]), memory=most-before)
+    return dict(workers=workers, first=rates[0], later=1/np.mean([1/o for o in rates[1:]]), memory=max(told)-before if told and before else math.nan)
 
 # %% ../nbs/07_bench.ipynb #da893cb6
 def bench_data(
@@ -575,7 +577,7 @@ def data_table(
     ratio = lambda v,k: '' if base is None else f' ({v/base[k]:.1f}x)'
     name = dict(ImageFolder='ImageFolder, all on the CPU', fastai='fastai, aug_transforms') | {o: f'ours, --cache {o}' for o in caches}
     rows = [['way','workers in later epochs','first epoch, images/s','later epochs, images/s','memory, MB']]
-    rows += [[name[r.way], r.workers, f'{r.first:.0f}{ratio(r.first, "first")}', f'{r.later:.0f}{ratio(r.later, "later")}', f'{r.memory/1e6:.0f}'] for r in df.itertuples()]
+    rows += [[name[r.way], r.workers, f'{r.first:.0f}{ratio(r.first, "first")}', f'{r.later:.0f}{ratio(r.later, "later")}', '' if math.isnan(r.memory) else f'{r.memory/1e6:.0f}'] for r in df.itertuples()]
     return markdown_rows(rows)
 
 # %% ../nbs/07_bench.ipynb #6396ad5f
@@ -635,6 +637,8 @@ def resizer_bench(
     if unused: raise UsageError(f'{" and ".join(unused)} {"is" if len(unused)==1 else "are"} not for {what}')
     options = {k: ifnone(given[k], known[k].default) for k in known if k in given}
     check_bench(what, options)
+    for o in (csv,json):
+        if o and not Path(o).absolute().parent.is_dir(): raise UsageError(f'no folder for {o}')
     df,command,machine = bench(**options),_said(what, options),_machine()
     print(f'{table(df)}\n\n`{command}` on {machine}')
     if csv: df.to_csv(csv, index=False)

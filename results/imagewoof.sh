@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The matrix on Imagewoof: ResNet-50 from random weights, 20 epochs, in two settings that were fixed beforehand; then all of it with 5 epochs.
 #
-#   bash results/imagewoof.sh [OPTIONS of resizer_compare]     e.g. --cache device, or --limit 100 --epochs 1 --arch resnet18 for a try
+#   bash results/imagewoof.sh [OPTIONS of resizer_compare]                                          e.g. --cache device
+#   RUNS=runs/try bash results/imagewoof.sh --limit 100 --epochs 1 --arch resnet18    a try, in a folder of its own
 #
 # It goes on where it was interrupted. RUNS is where the runs go (runs), DATA what is trained on (imagewoof-320).
 set -e
 runs=${RUNS:-runs} data=${DATA:-imagewoof-320} learned=learned,learned+zero_init=1
 
 cells() {   # EPOCHS SIZE OUT ARMS SEEDS OPTIONS...
-    resizer_compare --data "$data" --arch resnet50 --body_init fastai --opt ranger --schedule flat_cos --epochs "$1" --runs "$runs" --size "$2" --out "$3" --name "imagewoof-$2-$3-$1" --arms "$4" --seeds "$5" "${@:6}"
+    resizer_compare --data "$data" --arch resnet50 --body_init fastai --opt ranger --schedule flat_cos --epochs "$1" --runs "$runs" --size "$2" --out "$3" --name "$(basename "$data")-$2-$3-$1" --arms "$4" --seeds "$5" "${@:6}"
 }
 
 for epochs in 20 5; do

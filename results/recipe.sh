@@ -5,7 +5,7 @@
 #
 # It goes on where it was interrupted. RUNS is where the runs go (runs/recipe), JOBS how many are made side by side (1).
 set -e
-export RUNS=${RUNS:-runs/recipe} SEED=$1
+export RUNS=${RUNS:-runs/recipe} SEED=${1:?which seed}
 shift
 
 settings() {   # NAME OPTIONS: what differs from the recipe

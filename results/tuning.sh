@@ -5,7 +5,7 @@
 #
 # It goes on where it was interrupted. RUNS is where the runs go (runs/tuning), JOBS how many are made side by side (1).
 set -e
-export RUNS=${RUNS:-runs/tuning} OMP_NUM_THREADS=1 SEED=$1
+export RUNS=${RUNS:-runs/tuning} OMP_NUM_THREADS=1 SEED=${1:?which seed}
 shift
 
 settings() {   # NAME OPTIONS: what differs from the recipe
