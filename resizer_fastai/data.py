@@ -581,8 +581,7 @@ def _write_images(dl, file, n_bytes, key):
         with open(tmp, 'wb') as f:
             for x in _decode_all(dl): f.write(x.numpy())
             f.write(key.encode())
-            f.flush()
-            os.fsync(f.fileno())
+        _sync(tmp)
         tmp.replace(file)
     finally: tmp.unlink(missing_ok=True)
 

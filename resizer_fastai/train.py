@@ -179,10 +179,8 @@ class Checkpoint(Callback):
                  random=get_random_states(), loaders=[dl.rng.getstate() for dl in self.dls.loaders])
         self.file.parent.mkdir(parents=True, exist_ok=True)
         new = self.file.with_name('next.pth')
-        with open(new, 'wb') as f:
-            torch.save(s, f)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(new, 'wb') as f: torch.save(s, f)
+        _sync(new)
         new.replace(self.file)
 
 # %% ../nbs/04_train.ipynb #303b5c82
