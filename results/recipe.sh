@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Recipes for the body behind the plain resize, tried on a fifth of the training images: ResNet-50, 192 to 96 pixels, 6 epochs.
+# Recipes for the body behind the plain resize, tried on training images (--tune): ResNet-50, 192 to 96 pixels, 6 epochs.
 #
 #   bash results/recipe.sh SEED [SETTING...]     all settings, or those named
 #

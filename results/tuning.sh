@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Settings that might earn more, tried on a fifth of the training images: ResNet-18, 128 to 64 pixels, 6 epochs, one thread a run.
+# Settings that might earn more, tried on training images (--tune): ResNet-18, 128 to 64 pixels, 6 epochs, one thread a run.
 #
 #   bash results/tuning.sh SEED [SETTING...]     all settings, or those named
 #
