@@ -17,7 +17,7 @@ from fastai.callback.training import GradientClip
 from filelock import FileLock, Timeout
 from .data import NormalizeInPlace, UsageError, _hw, _sync, _write_json, check_images, cli_command, get_dls, get_path, parse_size, write_table
 from .resizer import FixedResizer, SubpixelConv2d, make_resizer, parse_resizer
-from .learner import EMACallback, FiniteLoss, FusedAdamW, RecalibrateBN, ResizerClassifier, evaluating, get_body, pick_precision, precision_cbs, resizer_learner
+from .learner import EMACallback, FiniteLoss, FusedAdamW, Muon, RecalibrateBN, ResizerClassifier, evaluating, get_body, pick_precision, precision_cbs, resizer_learner, timm_muon
 from .show import Film, ResizerInterpretation, picture, section, write_report
 from . import __version__
 from collections import Counter
@@ -31,7 +31,7 @@ import ctypes, fastai, gc, hashlib, platform, shlex, shutil, torchvision
 
 # %% ../nbs/04_train.ipynb #deb81238
 plain_head = dict(lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=None)
-optimizers = dict(adamw=FusedAdamW, adam=Adam, ranger=ranger, sgd=partial(SGD, mom=0.9))
+optimizers = dict(adamw=FusedAdamW, adam=Adam, ranger=ranger, muon=Muon, sgd=partial(SGD, mom=0.9))
 
 # %% ../nbs/04_train.ipynb #0f0143ab
 def start_as_identity(
@@ -90,7 +90,7 @@ def recipe_learner(
     resizer_args:dict=None, # More arguments of the resizer, such as `norm`
     lr_mult:float=None, # Learning rate of the resizer, as for `resizer_learner`
     opt:str='adamw', # One of `optimizers`
-    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, and 1e-6 for ranger, as in fastai
+    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, 1e-6 for ranger, as in fastai, and 1e-7 for muon
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, as for `EMACallback`
     body_init:str='torchvision', # How a ResNet of torchvision begins from random weights: one of `body_inits`
@@ -595,6 +595,7 @@ def check_options(
     for k,known in dict(opt=optimizers, schedule=schedules, body_init=body_inits, precision=['auto','fp32','bf16','fp16']).items():
         if o[k] not in known: raise UsageError(f'{k} is {" or ".join(known)}: got {o[k]}')
     if o['eps'] is not None and o['opt']=='sgd': raise UsageError('eps is for the other optimizers: sgd has none')
+    if o['opt']=='muon': timm_muon()
     if o['min_scale'] is not None and not 0<o['min_scale']<=1: raise UsageError(f'min_scale is a share of the area, over 0 and up to 1: got {o["min_scale"]}')
     if o['ema'] is not None and not 0<o['ema']<1: raise UsageError(f'ema is between 0 and 1: got {o["ema"]}')
     if o['pretrained'] and o['schedule']!='one_cycle': raise UsageError('with pretrained the schedule is that of fine_tune: leave schedule out')
@@ -677,8 +678,8 @@ def resizer_train(
     seed:int=42, # Of everything that is random
     pretrained:bool=False, # Start from ImageNet's weights: fine_tune instead of the schedule
     start:str=None, # Start from body and head of the finished run in this folder, in which {seed} stands for the seed
-    opt:str='adamw', # adamw, adam (the same, as fastai writes it), ranger (fastai's, made for flat_cos), or sgd with momentum
-    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, and 1e-6 for ranger
+    opt:str='adamw', # adamw, adam (the same, as fastai writes it), ranger (fastai's, made for flat_cos), muon (timm's), or sgd with momentum
+    eps:float=None, # Added by Adam to the root of the mean squared gradient; by default 1e-5, 1e-6 for ranger, and 1e-7 for muon
     lr_mult:float=None, # Learning rate of the resizer, as a multiple of the head's; by default 0.01 for learned when pretrained, else 1
     clip:float=None, # Largest norm of the gradients
     ema:float=None, # Decay of an average of the weights, such as 0.999, to validate and end with
