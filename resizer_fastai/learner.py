@@ -318,7 +318,7 @@ class FusedAdamW(HalvedOptimizer):
 
 # %% ../nbs/02_learner.ipynb #5d1c7a31
 class Muon(HalvedOptimizer):
-    "timm's `Muon` (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, with the length of a step from Liu et al. 2025, equation 4)"
+    "timm's `Muon` (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the length of a step is that of Liu et al. 2025, arXiv 2502.16982)"
     def __init__(self,
         params, # Parameters, or a list of lists: the groups
         lr:float|slice=defaults.lr, # Learning rate

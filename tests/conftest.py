@@ -1,10 +1,12 @@
 import os, subprocess, sys
+from importlib.util import find_spec
 from importlib.metadata import entry_points
 from multiprocessing import get_context
 from pathlib import Path
 import pytest
 
 repo = Path(__file__).parent.parent
+needs_timm = pytest.mark.skipif(not find_spec('timm'), reason='no timm')
 
 @pytest.fixture(scope='session')
 def photos():

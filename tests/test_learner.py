@@ -9,8 +9,9 @@ from fastai.vision.all import (Adam, Callback, CancelEpochException, CancelFitEx
     OptimWrapper, PILImage, PILImageBW, ProgressCallback, ReduceLROnPlateau, Resize, SGD, SaveModelCallback, Tensor, TransformBlock, ValueMetric, accuracy,
     error_rate, imagenet_stats, load_learner, nn, noop, params, parent_label, plt, ranger, resnet18, set_seed, tensor)
 from safetensors.torch import load_file, save_file
+from conftest import needs_timm
 from resizer_fastai.data import get_dls, get_path, image_files, read_image
-from resizer_fastai.learner import (Autocast, EMACallback, FiniteLoss, Frozen, FusedAdamW, NonFiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR,
+from resizer_fastai.learner import (Autocast, EMACallback, FiniteLoss, Frozen, FusedAdamW, Muon, NonFiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR,
     resizer_learner)
 from resizer_fastai.resizer import FixedResizer, Resizer, load_resizer
 from resizer_fastai.show import Film
@@ -644,7 +645,7 @@ def test_recalibration_leaves_training_alone(make):
     wanted = seen[0].mean((0, 2, 3))
     assert (means(b.model)-wanted).norm() < 0.1*(means(a.model)-wanted).norm()
 
-@pytest.mark.parametrize('opt_func', [Adam, ranger])
+@pytest.mark.parametrize('opt_func', [Adam, pytest.param(Muon, marks=needs_timm), ranger])
 def test_frozen_parts_do_not_follow_the_optimizer(make, opt_func):
     "Neither momentum nor weight decay nor a head that trains moves them, with fastai's own optimizers; nor do the slow weights of `Lookahead`."
     learn = make(cut=5, opt_func=opt_func, wd=0.1)
@@ -655,7 +656,7 @@ def test_frozen_parts_do_not_follow_the_optimizer(make, opt_func):
     assert {k.split('.')[0] for k in moved(before, state(learn))} == {'body', 'head'}
 
 @pytest.mark.parametrize('mult', [0.1, 5])
-@pytest.mark.parametrize('opt_func', [FusedAdamW, SGD, ranger])
+@pytest.mark.parametrize('opt_func', [FusedAdamW, pytest.param(Muon, marks=needs_timm), SGD, ranger])
 def test_a_rate_of_its_own_is_that_of_a_group_of_its_own(make, opt_func, mult):
     "So over many steps, those in which `Lookahead` pulls back among them, and those that are skipped; with drawn gradients, as others would follow every rounding"
     def draw(self):

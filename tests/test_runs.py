@@ -2,9 +2,10 @@
 import gc, json, os, platform, shutil, signal, subprocess, sys, time, weakref
 from copy import deepcopy
 from pathlib import Path
+from types import ModuleType
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, Optimizer, first, plt, risinstance, set_seed
-from conftest import make_images
+from conftest import make_images, needs_timm
 from resizer_fastai import compare, train
 from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
 from resizer_fastai.learner import FiniteLoss, FusedAdamW, ResizerClassifier
@@ -65,7 +66,8 @@ def fit(learn, pretrained, done=0, schedule='one_cycle'):
 
 @pytest.mark.parametrize('pretrained,at,ema,opt,schedule', [
     (False, 1, None, 'adamw', 'one_cycle'), (False, 2, None, 'adamw', 'one_cycle'), (True, 1, None, 'adamw', 'one_cycle'), (True, 2, None, 'adamw', 'one_cycle'),
-    (False, 2, 0.9, 'adamw', 'flat_cos'), (True, 1, 0.9, 'adamw', 'one_cycle'), (False, 2, None, 'sgd', 'steps'), (False, 2, None, 'ranger', 'flat_cos')])
+    (False, 2, 0.9, 'adamw', 'flat_cos'), (True, 1, 0.9, 'adamw', 'one_cycle'), (False, 2, None, 'sgd', 'steps'), (False, 2, None, 'ranger', 'flat_cos'),
+    pytest.param(False, 2, None, 'muon', 'flat_cos', marks=needs_timm)])
 def test_any_epoch_of_either_recipe(tmp_path, pretrained, at, ema, opt, schedule):
     "`fine_tune`, too: after its frozen epoch, and after the first open one; an average of the weights goes on as well, and any schedule"
     def made(name, *cbs): return learner(tmp_path/name, *cbs, ema=ema, opt=opt)
@@ -78,6 +80,13 @@ def test_any_epoch_of_either_recipe(tmp_path, pretrained, at, ema, opt, schedule
     fit(again, pretrained, done, schedule)
     assert metrics(tmp_path/'broken') == metrics(tmp_path/'whole') and len(metrics(tmp_path/'whole')) == 3
     for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('optim', [None, ModuleType('timm.optim')])
+def test_muon_wants_timm(tmp_path, monkeypatch, optim):
+    "Where it is missing, or too old to have muon, a run says so before anything is made"
+    monkeypatch.setitem(sys.modules, 'timm.optim', optim)
+    with pytest.raises(UsageError, match='muon needs timm 1.0.21 or newer'): resizer_train(**small, opt='muon', runs=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 def test_the_old_checkpoint_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
     l = learner(tmp_path/'a')
