@@ -45,6 +45,7 @@ ranger+bs-32+lr-1.5e-3  --body_init fastai --opt ranger --schedule flat_cos --bs
 ranger+min_scale-0.6    --body_init fastai --opt ranger --schedule flat_cos --min_scale 0.6
 muon-3e-3               --body_init fastai --opt muon --schedule flat_cos
 muon-8e-3               --body_init fastai --opt muon --schedule flat_cos --lr 8e-3
+muon-1.6e-2             --body_init fastai --opt muon --schedule flat_cos --lr 1.6e-2
 muon-1e-3               --body_init fastai --opt muon --schedule flat_cos --lr 1e-3
 muon+one_cycle          --body_init fastai --opt muon
 fastai+learned          --body_init fastai --resizer learned
