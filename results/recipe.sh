@@ -50,6 +50,9 @@ muon-1e-3               --body_init fastai --opt muon --schedule flat_cos --lr 1
 muon+one_cycle          --body_init fastai --opt muon
 fastai+learned          --body_init fastai --resizer learned
 ranger+learned          --body_init fastai --opt ranger --schedule flat_cos --resizer learned
+muon+learned            --body_init fastai --opt muon --schedule flat_cos --lr 8e-3 --resizer learned
+muon+zero_init          --body_init fastai --opt muon --schedule flat_cos --lr 8e-3 --resizer learned+zero_init=1
+muon+lr_mult-0.1        --body_init fastai --opt muon --schedule flat_cos --lr 8e-3 --resizer learned --lr_mult 0.1
 LIST
 }
 
