@@ -104,10 +104,12 @@ def _correct(path):
 def _check_comparable(found):
     "Raise if runs, folder -> `run.json`, differ in more than arm, seed, machine, versions, and where the data lie, or if one of them is broken"
     options = lambda r: {k:v for k,v in r['args'].items() if k not in ('resizer','seed','data')}   # which may lie elsewhere
-    one = first(found)
+    one,starts = first(found),{}
     for p,r in found.items():
         if options(r)!=options(found[one]): raise UsageError(f'{p.name} has other options than {one.name}: {r["command"]}; {found[one]["command"]}')
         check_alike(p, r, one, found[one])
+        weights,other = starts.setdefault(start := start_folder(r['args']), (r['versions'].get('start_weights'), p))
+        if r['versions'].get('start_weights')!=weights: raise UsageError(f'{p.name} starts from other weights than {other.name}, as {start} was trained anew in between: remove the older of the two')
         for name,read in {'preds.npz': lambda _: _correct(p), 'metrics.csv': lambda file: pd.read_csv(file)[['seconds','accuracy']].iloc[-1]}.items():
             try: read(p/name)
             except Exception as e: raise UsageError(f'{p/name} cannot be read: {e or "it is broken"}; remove {p}, and the same command makes that run again') from e
@@ -116,7 +118,7 @@ def collect_cells(
     root:Path, # Folder of a comparison
 ) -> dict: # Arm -> folders of its runs, in the order of the seeds
     "The finished runs in a folder, which may differ in arm, seed, machine, versions, and where the data lie, and in nothing else"
-    found = {p: read_run(p) for p in sorted(root.glob('*')) if (p/'run.json').exists() and '.old-' not in p.name}
+    found = {p: read_run(p) for p in sorted(root.glob('*')) if (p/'run.json').exists() and not re.search(r'\.old-\d+$', p.name)}
     found = {p: r for p,r in found.items() if is_finished(p, r)}
     if not found: raise UsageError(f'no finished run in {root}')
     _check_comparable(found)
@@ -170,7 +172,7 @@ def runs_table(
         run = read_run(path)
         m,v = run['metrics'],run['versions']
         rows.append(dict(arm=arm_and_seed(run)[0], seed=run['args']['seed'], accuracy=round(100*m['accuracy'], 4), valid_loss=round(m['valid_loss'], 4), seconds=m['seconds'],
-                         device=run['device'], precision=run['precision'], torch=v['torch'], fastai=v['fastai'], data=run['data']['fingerprint'], resizer_fastai=v['resizer_fastai'], command=run['command']))
+                         device=run['device'], precision=run['precision'], torch=v['torch'], fastai=v['fastai'], timm=v.get('timm'), data=run['data']['fingerprint'], resizer_fastai=v['resizer_fastai'], command=run['command']))
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_compare.ipynb #faa69c59
@@ -219,7 +221,8 @@ def _commands(cells, base):
 def _source_line(cells):
     "On what the runs were made"
     runs = [read_run(p) for paths in cells.values() for p in paths]
-    on = ' and '.join(sorted({f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}, fastai {r['versions']['fastai']}, resizer_fastai {r['versions']['resizer_fastai']}" for r in runs}))
+    versions = lambda v: [f'{k} {v[k]}' for k in ('torch','fastai','timm','resizer_fastai') if k in v]
+    on = ' and '.join(sorted({', '.join([r['device'], r['precision'], *versions(r['versions'])]) for r in runs}))
     return f'{on}; {runs[0]["data"]["train"]} training and {runs[0]["data"]["valid"]} validation images, accuracy of the last epoch.'
 
 def write_tables(
@@ -246,7 +249,8 @@ def explain_difference(
     over = f'over {row.pairs:.0f} seeds' if row.pairs>1 else f'over {n_valid} validation images of one seed'
     head = f'{row.arm} is {abs(row.difference):.1f} points {"above" if row.difference>=0 else "below"} {base.arm} ' \
            f'(95 % interval {row.low:+.1f} to {row.high:+.1f}, paired {over}), at {row.seconds/base.seconds:.1f} times the training time: '
-    could = '' if math.isnan(row.smallest) else f'; a true difference of {row.smallest:.1f} points would have been seen four times in five'
+    could = '' if math.isnan(row.smallest) else f'; a true difference of {row.smallest:.1f} points would have been seen four times in five, if seeds always scatter as here'
+    if row.pairs>1 and row.high-row.low<1e-9: return head + 'the seeds do not differ in it, so how far they scatter cannot be told.'
     if row.low<=0<=row.high: return head + f'the interval holds zero, so this comparison cannot tell them apart{could}.'
     tail = 'the interval leaves zero out, so this is more than chance'
     return head + tail + ('.' if row.pairs>1 else ' on these images; other seeds may differ, see --seeds.')

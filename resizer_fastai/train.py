@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['plain_head', 'optimizers', 'body_inits', 'schedules', 'start_as_identity', 'start_as_xresnet', 'NumberLosses',
            'recipe_learner', 'MetricsLog', 'Checkpoint', 'fit_steps', 'fit_recipe', 'data_fingerprint', 'device_name',
-           'code_fingerprint', 'versions', 'multiply_adds', 'command_of', 'describe_run', 'save_run', 'plot_curves',
-           'save_figure', 'save_pictures', 'run_pictures', 'read_run', 'started_run', 'finished_run', 'made_with',
-           'run_report', 'run_name', 'is_finished', 'changed_since', 'check_alike', 'move_aside', 'start_run',
-           'finish_run', 'only_process', 'check_options', 'keep_memory', 'start_folder', 'train_run', 'resizer_train',
-           'load_run']
+           'code_fingerprint', 'versions', 'start_folder', 'depends_on', 'multiply_adds', 'command_of', 'describe_run',
+           'save_run', 'plot_curves', 'save_figure', 'save_pictures', 'run_pictures', 'read_run', 'started_run',
+           'finished_run', 'made_with', 'run_report', 'run_name', 'is_finished', 'changed_since', 'check_alike',
+           'move_aside', 'start_run', 'finish_run', 'only_process', 'check_options', 'keep_memory', 'train_run',
+           'resizer_train', 'load_run']
 
 # %% ../nbs/04_train.ipynb #66b62f42
 from fastai.vision.all import *
@@ -23,6 +23,7 @@ from . import __version__
 from collections import Counter
 from contextlib import suppress
 from functools import cache
+from importlib import metadata
 from importlib.resources import files
 from matplotlib.ticker import MaxNLocator
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,7 +126,7 @@ def recipe_learner(
 class MetricsLog(Callback):
     "Write a row an epoch to `metrics.csv` in `learn.path`; print it where there is no progress bar"
     order = 55
-    def __init__(self): self.rows = []
+    def __init__(self): self.rows,self.peak_memory = [],0
     def before_train(self): self.start = time.perf_counter()
     def after_train(self): self.train_seconds = time.perf_counter()-self.start
     def write(self): pd.DataFrame(self.rows).to_csv(self.learn.path/'metrics.csv', index=False)
@@ -136,6 +137,7 @@ class MetricsLog(Callback):
                    seconds=round(time.perf_counter()-self.start, 3),
                    train_images_per_second=round(len(self.dls.train)*self.dls.train.bs/self.train_seconds, 2))
         self.rows.append(row)
+        self.peak_memory = max(self.peak_memory, _peak_memory(self.dls) or 0)
         self.write()
         if not hasattr(self.learn, 'progress'): print(', '.join(f'{k} {v:.4g}' for k,v in row.items()), flush=True)
 
@@ -143,7 +145,7 @@ class MetricsLog(Callback):
 class Checkpoint(Callback):
     "After every epoch, write all that training needs to go on to `last.pth` in the learner's `model_dir`"
     order = RecalibrateBN.order+1   # and so after an average
-    gathered = dict(metrics_log=['rows'], film=['frames','batch','labels'])   # by other callbacks
+    gathered = dict(metrics_log=['rows','peak_memory'], film=['frames','batch','labels'])   # by other callbacks
     def __init__(self): self.state,self.trained = None,False
     @property
     def file(self): return self.learn.path/self.learn.model_dir/'last.pth'
@@ -268,6 +270,22 @@ def versions(
     return dict(resizer_fastai=f'{__version__}+{code_fingerprint(*also)}', fastai=fastai.__version__, torch=torch.__version__,
                 torchvision=torchvision.__version__, python=platform.python_version())
 
+def start_folder(
+    args:dict, # Options of `resizer_train`
+) -> str: # None where training starts from nothing
+    "The run that a run starts from"
+    return args.get('start') and args['start'].replace('{seed}', str(args['seed']))
+
+def depends_on(
+    args:dict, # Options of `resizer_train`
+) -> dict:
+    "`versions` of what a run depends on, timm's if it uses it, and a hash of the weights that it starts from, if they are there"
+    res = versions()
+    if args['opt']=='muon' or args['arch'].startswith('timm/'): res['timm'] = metadata.version('timm')
+    weights = args['start'] and Path(start_folder(args))/'model'/'model.safetensors'
+    if weights and weights.exists(): res['start_weights'] = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    return res
+
 # %% ../nbs/04_train.ipynb #87bcb242
 def _said(v): return 'x'.join(map(str, v)) if is_listy(v) else str(v)
 
@@ -317,7 +335,7 @@ def describe_run(
     input_size = min(_hw(args['out' if args['resizer']=='pil' else 'size']))
     return dict(command=command_of(args), args=args, device=device_name(learn.dls.device),
                 precision=pick_precision(args['precision'], learn.dls.device),
-                versions=versions(),
+                versions=depends_on(args),
                 data=dict(fingerprint=data_fingerprint([*train, *valid], root), valid_fingerprint=data_fingerprint(valid, root),
                           train=len(train), valid=len(valid), left_out=len(learn.dls.left_out), classes=list(learn.dls.vocab),
                           median_short_side=int(np.median(sides)), enlarged=float((sides<input_size).mean())),
@@ -488,8 +506,8 @@ def changed_since(
     run:dict, # `run.json`
     args:dict, # Options of `resizer_train`
 ) -> list: # Of phrases
-    "What differs from when a run was started: options and versions"
-    was,now = run['args'] | run['versions'],json.loads(json.dumps(args)) | versions()
+    "What differs from when a run was started: options, versions, and the weights that it starts from"
+    was,now = run['args'] | run['versions'],json.loads(json.dumps(args)) | depends_on(args)
     return [f'{k} {was.get(k)}, now {v}' for k,v in now.items() if was.get(k)!=v]
 
 def check_alike(
@@ -517,6 +535,17 @@ def _what_is_trained(learn, run):
     yield f'{learn.path}: {d["train"]} training and {d["valid"]} validation images of {len(d["classes"])} classes, {a["arch"]}, {a["resizer"]} {_sizes(a)}, {run["precision"]} on {run["device"]}'
     if d['enlarged']>0.5: yield f'note: the short side of the images is {d["median_short_side"]} pixels at the median, and {d["enlarged"]:.0%} of them are enlarged on the way in'
 
+def _go_on(
+    run:dict, # For `run.json`
+    before:dict, # What was there when the run was interrupted
+    path:Path, # Run folder
+):
+    "Let a run go on, on another device as well, or raise `UsageError` where that would make another one of it: other images, or another precision"
+    otherwise = 'give the run another --name, or remove that folder'
+    if before['data']['fingerprint']!=run['data']['fingerprint']: raise UsageError(f'the images of {path} have changed since it was started: {otherwise}')
+    if before['precision']!=run['precision']: raise UsageError(f'{path} was started in {before["precision"]}, and would go on in {run["precision"]}: {otherwise}')
+    run['device'] = ', then '.join(dict.fromkeys([*before['device'].split(', then '), run['device']]))
+
 def start_run(
     learn:Learner, # From `recipe_learner`, whose `path` is the run folder
     root:Path, # Folder of the data
@@ -529,8 +558,7 @@ def start_run(
     run = describe_run(learn, root, args)
     if like: check_alike(learn.path, run, like, read_run(like))
     if changed: move_aside(learn.path, changed)
-    elif before and before['data']['fingerprint']!=run['data']['fingerprint']:
-        raise UsageError(f'the images of {learn.path} have changed since it was started: give the run another --name, or remove that folder')
+    elif before and learn.checkpoint.file.exists(): _go_on(run, before, learn.path)
     learn.path.mkdir(parents=True, exist_ok=True)
     for o in learn.path.glob(f'{_unwritten}*'): o.unlink()
     _write_json(learn.path/'run.json', run)
@@ -550,7 +578,7 @@ def finish_run(
     "Write what came out, and the report; remove the checkpoint, and let go of the folder"
     rows,start = learn.metrics_log.rows,time.perf_counter()
     with learn.no_bar(): interp = learn.interpret()
-    run['metrics'] = dict(rows[-1], seconds=round(sum(o['seconds'] for o in rows), 2), peak_memory=_peak_memory(learn.dls),
+    run['metrics'] = dict(rows[-1], seconds=round(sum(o['seconds'] for o in rows), 2), peak_memory=max(learn.metrics_log.peak_memory, _peak_memory(learn.dls) or 0) or None,
                           inference_images_per_second=round(run['data']['valid']/(time.perf_counter()-start), 2))
     save_run(learn, root, interp)
     _write_json(learn.path/'run.json', run)
@@ -615,12 +643,6 @@ def keep_memory(
         mallopt(M_TRIM_THRESHOLD, -1 if keep else 2**26)   # -1: never
 
 # %% ../nbs/04_train.ipynb #7a9051e2
-def start_folder(
-    args:dict, # Options of `resizer_train`
-) -> str: # None where training starts from nothing
-    "The run that a run starts from"
-    return args.get('start') and args['start'].replace('{seed}', str(args['seed']))
-
 def _recipe_options(args):
     "Those options of `resizer_train` that are for `recipe_learner`"
     options = {k:v for k,v in args.items() if k not in ('epochs','lr','schedule','workers','keep_memory')}

@@ -88,6 +88,15 @@ def test_muon_wants_timm(tmp_path, monkeypatch, optim):
     with pytest.raises(UsageError, match='muon needs timm 1.0.21 or newer'): resizer_train(**small, opt='muon', runs=tmp_path)
     assert not list(tmp_path.iterdir())
 
+@needs_timm
+@pytest.mark.parametrize('uses', [dict(opt='muon'), dict(arch='timm/resnet18')])
+def test_timm_is_part_of_a_run_that_uses_it(monkeypatch, uses):
+    def made(options): return json.loads(json.dumps(dict(args=options, versions=train.depends_on(options))))
+    args, plain = compare.complete_options(**small | uses), compare.complete_options(**small)
+    run, other = made(args), made(plain)
+    monkeypatch.setattr(train.metadata, 'version', lambda name: f'another {name}')
+    assert train.changed_since(run, args) == [f'timm {run["versions"]["timm"]}, now another timm'] and not train.changed_since(other, plain)
+
 def test_the_old_checkpoint_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
     l = learner(tmp_path/'a')
     with l.no_bar(), l.no_logging(): l.fit(1)
@@ -99,17 +108,24 @@ def test_the_old_checkpoint_stands_until_the_new_one_is_whole(tmp_path, monkeypa
 
 @pytest.mark.parametrize('ema', [None, 0.9])
 def test_interrupted_after_training(tmp_path, monkeypatch, ema):
-    "A run without its report is not finished; taken up again it trains no more, and says what it said"
+    "A run without its report is not finished; taken up again it trains no more, and says what it said, of its memory and devices as well"
     def stop(*args): raise KeyboardInterrupt
+    def machine(m, name, peak):
+        m.setattr(train, 'device_name', lambda _: name)
+        m.setattr(train, '_peak_memory', lambda _: peak)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        machine(m, 'one', 2e9)
         m.setattr(train, 'save_pictures', stop)
         resizer_train(**small, epochs=1, ema=ema, runs=tmp_path)
     path = tmp_path/'sample-resnet18-learned-42'
     before, said = metrics(path), np.load(path/'preds.npz')['probs']
     assert (path/'checkpoint'/'last.pth').exists()
+    machine(monkeypatch, 'another', 1e9)
     resizer_train(**small, epochs=1, ema=ema, runs=tmp_path, resume=True)
     assert metrics(path) == before and (path/'report.html').exists() and not (path/'checkpoint').exists()
     assert (np.load(path/'preds.npz')['probs'] == said).all()
+    run = read_run(path)
+    assert run['device'] == 'one, then another' and run['metrics']['peak_memory'] == 2e9
 
 def test_start_from_another_run(tmp_path, monkeypatch, capsys, no_pictures):
     "Body, head and normalisation are those of the run of the same seed, the resizer is new; so for every arm of a comparison"
@@ -130,8 +146,26 @@ def test_start_from_another_run(tmp_path, monkeypatch, capsys, no_pictures):
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(vocab=list('abcdefghij'))))
     with pytest.raises(UsageError, match='has other classes: a, b'): recipe_learner(**train._recipe_options(args | dict(seed=1)))
 
-def test_what_cannot_go_on(tmp_path, capsys, no_pictures):
-    "Other options, other images; a run that is finished says so and is left alone"
+def test_the_run_to_start_from_is_trained_anew(tmp_path, capsys, no_pictures):
+    "What had started from it is run afresh, and what was brought together from both is no comparison"
+    def base(lr): return resizer_train(**small | dict(resizer='bilinear'), epochs=1, lr=lr, runs=tmp_path/'base').path
+    def cells(arms, name, **kwargs): return compare.resizer_compare(arms=arms, **small, epochs=1, start=str(start), runs=tmp_path, name=name, **kwargs)
+    start = base(3e-3)
+    cells('bilinear', 'c')
+    shutil.copytree(tmp_path/'c', tmp_path/'both')
+    shutil.rmtree(start)
+    base(1e-5)
+    capsys.readouterr()
+    cells('bilinear,muller', 'c')
+    said = capsys.readouterr().out
+    assert 'was started with start_weights' in said and 'sample-resnet18-bilinear-0.old-1 and run afresh' in said
+    shutil.copytree(tmp_path/'c'/'sample-resnet18-muller-0', tmp_path/'both'/'sample-resnet18-muller-0')
+    with pytest.raises(UsageError, match='sample-resnet18-muller-0 starts from other weights than sample-resnet18-bilinear-0'): cells('bilinear', 'both', collect=True)
+    shutil.rmtree(start)
+    assert list(cells('bilinear', 'c', collect=True).arm) == ['bilinear', 'muller']
+
+def test_what_cannot_go_on(tmp_path, capsys, monkeypatch, no_pictures):
+    "Other options, other images, another precision; a run that is finished says so and is left alone"
     data = make_images(tmp_path/'data', [f'{c}/{i}.png' for c in 'ab' for i in range(6)])
     args = small | dict(data=data, limit=None, valid_pct=0.5, epochs=1, runs=tmp_path/'runs', name='r')
     path = resizer_train(**args).path
@@ -144,6 +178,9 @@ def test_what_cannot_go_on(tmp_path, capsys, no_pictures):
     resizer_train(**args, resume=True)   # killed while its checkpoint was removed
     assert {p: p.stat().st_mtime_ns for p in path.rglob('*') if p.is_file()} == {p: t for p, t in stamps.items() if p.is_file()}
     (path/'checkpoint'/'last.pth').touch()
+    precision = read_run(path)['precision']
+    monkeypatch.setattr(train, 'pick_precision', lambda *args: 'another one')
+    with pytest.raises(UsageError, match=f'was started in {precision}, and would go on in another one'): resizer_train(**args, resume=True)
     make_images(data, ['a/9.png'])
     with pytest.raises(UsageError, match='images of .* have changed'): resizer_train(**args, resume=True)
 
@@ -202,6 +239,11 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path, monkeypatch, no_
     monkeypatch.setattr(compare, 'compare_runs', lambda a, b: side_by_side.extend([a.name, b.name]) or plt.figure())
     df = compare.resizer_compare(**args, collect=True)
     assert df[['arm', 'seeds']].values.tolist() == [['bilinear', 1], ['learned', 2]] and df.pairs[1] == 1
+    (root/'sample-resnet18-learned-0').rename(root/'photos.old-2-resnet18-learned-0')
+    (root/'sample-resnet18-learned-1').rename(root/'sample-resnet18-learned-1.old-1')
+    assert compare.resizer_compare(**args, collect=True).seeds.tolist() == [1, 1]
+    (root/'sample-resnet18-learned-1.old-1').rename(root/'sample-resnet18-learned-1')
+    (root/'photos.old-2-resnet18-learned-0').rename(root/'sample-resnet18-learned-0')
     assert side_by_side == ['sample-resnet18-learned-1', 'sample-resnet18-bilinear-1']
     resizer_train(**small, epochs=2, seed=2, runs=root)
     with pytest.raises(UsageError, match='sample-resnet18-learned-2 has other options than'): compare.resizer_compare(**args, collect=True)
