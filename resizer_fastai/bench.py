@@ -47,8 +47,9 @@ class ReferenceResizer(nn.Module):
         return self.out(self.merge(y) + b) + small(x)
 
 # %% ../nbs/07_bench.ipynb #80d05ee7
-Way = namedtuple('Way', 'name reference half compiled fused without', defaults=(False,)*4+('',))
-speed_ways = [Way('reference, fp32', reference=True), Way('reference, autocast', reference=True, half=True), Way('ours', half=True), Way('ours, compiled', half=True, compiled=True),
+Way = namedtuple('Way', 'name reference as_ours half compiled fused without', defaults=(False,)*5+('',))
+speed_ways = [Way('reference, fp32', reference=True), Way('reference, autocast', reference=True, half=True), Way('reference, run as ours', reference=True, as_ours=True, half=True),
+              Way('reference, run as ours, compiled', reference=True, as_ours=True, half=True, compiled=True), Way('ours', half=True), Way('ours, compiled', half=True, compiled=True),
               Way('ours, fused', half=True, fused=True), Way('ours, fused, compiled', half=True, compiled=True, fused=True)]
 
 # %% ../nbs/07_bench.ipynb #974fb8e7
@@ -73,14 +74,15 @@ class Cell:
         bs:int, # Images in a batch
         device:torch.device, # Where it runs
     ):
-        layout = torch.contiguous_format if way.reference or way.without=='channels_last' else torch.channels_last
+        plain = way.reference and not way.as_ours
+        layout = torch.contiguous_format if plain or way.without=='channels_last' else torch.channels_last
         resizer = nn.Identity() if kind!='joint' else ReferenceResizer(out) if way.reference else Resizer(out, **_resizer_args(way.without))
         self.way,self.kind,self.device = way,kind,device
         self.x = torch.randn(bs, 3, *_hw(out if kind=='body' else size), device=device).contiguous(memory_format=layout)
         self.y = torch.randint(10, (bs,), device=device)
         self.model = nn.Sequential(resizer, get_body(arch)()).to(device, memory_format=layout)
         self.dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[pick_precision(device=device)] if way.half and way.without!='half precision' else None
-        self.opt = Adam(self.model.parameters(), 1e-3) if way.without=='fused optimizer' else torch.optim.AdamW(self.model.parameters(), fused=None if way.reference else True)
+        self.opt = Adam(self.model.parameters(), 1e-3) if way.without=='fused optimizer' else torch.optim.AdamW(self.model.parameters(), fused=None if plain else True)
         if way.fused: self.model[0] = fuse(self.model[0])
         if way.compiled: self.model.compile()
 
@@ -223,30 +225,33 @@ def roofline(
     return pd.DataFrame(rows.values())
 
 # %% ../nbs/07_bench.ipynb #5d392338
-def _fastest(rounds): return min((o for o in rounds if o[0].startswith('ours') and o[1]=='joint'), key=lambda o: np.median(rounds[o]))
+def _fastest(rounds, whose): return min((o for o in rounds if o[0].startswith(whose) and o[1]=='joint'), key=lambda o: np.median(rounds[o]), default=None)
 
-def _body(way): return way.replace(', fused', ''),'body'   # a body alone has nothing of ours to fuse
+def _body(way): return way.replace(', fused', '').replace('reference, run as ours', 'ours'),'body'   # which is the same one
 
 def speed_ratios(
     rounds:dict, # 'train' and 'infer' -> (way, network) -> times of each round, in any unit
     memory:dict, # (way, network) -> bytes
 ) -> dict: # What it is -> median and half the spread between quartiles, or None where this machine has no such way
-    "The fastest way of this library against the reference, and against the body alone in the same settings"
-    train,infer = [_fastest(rounds[o]) for o in ('train','infer')]
+    "The fastest way of this library against the reference, and against the body alone in the same settings; of the reference run as ours, the fastest way as well"
+    train,infer = [_fastest(rounds[o], 'ours') for o in ('train','infer')]
+    same_train,same_infer = [_fastest(rounds[o], 'reference, run as ours') for o in ('train','infer')]
+    over_body = lambda what,way: way and ratio(what, way, _body(way[0]))
     def ratio(what, a, b):
         if not {a,b}<=set(rounds[what]): return None
         return [round(float(o), 3) for o in _middle(np.divide(rounds[what][a], rounds[what][b]), '').values()]
     reference = lambda how: (f'reference, {how}','joint')
-    same = reference('autocast' if reference('autocast') in memory else 'fp32')
-    added = [memory.get((o,'joint'), math.nan)-memory.get((o,'body'), math.nan) for o in (train[0],same[0])]
+    added = [memory[o]-memory[_body(o[0])] if o and _body(o[0]) in memory else math.nan for o in (train,same_train)]
     return {'joint training step, times as fast as the reference in fp32': ratio('train', reference('fp32'), train),
             'joint training step, times as fast as the reference under autocast': ratio('train', reference('autocast'), train),
+            'joint training step, times as fast as the reference run as ours': ratio('train', same_train, train),
             'joint inference, times as fast as the reference in fp32': ratio('infer', reference('fp32'), infer),
-            'joint training step over the body alone': ratio('train', train, _body(train[0])),
-            'joint training step over the body alone, of the reference': ratio('train', same, (same[0],'body')),
-            'joint inference over the body alone': ratio('infer', infer, _body(infer[0])),
-            'joint inference over the body alone, of the reference': ratio('infer', same, (same[0],'body')),
-            'memory that the resizer adds to a training step, over what the reference adds': None if math.isnan(sum(added)) else [round(added[0]/added[1], 3), 0.]}
+            'joint inference, times as fast as the reference run as ours': ratio('infer', same_infer, infer),
+            'joint training step over the body alone': over_body('train', train),
+            'joint training step over the body alone, of the reference run as ours': over_body('train', same_train),
+            'joint inference over the body alone': over_body('infer', infer),
+            'joint inference over the body alone, of the reference run as ours': over_body('infer', same_infer),
+            'memory that the resizer adds to a training step, over what the reference run as ours adds': None if math.isnan(sum(added)) else [round(added[0]/added[1], 3), 0.]}
 
 # %% ../nbs/07_bench.ipynb #0e40735d
 def _records(df): return loads(df.to_json(orient='records'))
@@ -279,8 +284,8 @@ def bench_model(
     device = default_device()
     error = compile and any(o.compiled for o in ways) and compile_error(device)
     if error: warn(f'compiled networks are left out: {error}')
-    ways = [o for o in ways if (compile and not error or not o.compiled) and not (o.reference and o.half and pick_precision(device=device)=='fp32')]
-    cells = {(w.name,k): Cell(w, k, arch, size, out, bs, device) for w in ways for k in (['joint'] if w.fused else ['body','joint','direct'] if w.name=='ours' else ['body','joint'])}
+    ways = [o for o in ways if (compile and not error or not o.compiled) and not (o.reference and o.half and not o.as_ours and pick_precision(device=device)=='fp32')]
+    cells = {(w.name,k): Cell(w, k, arch, size, out, bs, device) for w in ways for k in (['joint'] if w.fused or w.as_ours else ['body','joint','direct'] if w.name=='ours' else ['body','joint'])}
     cells = {k: c for k,c in cells.items() if k[1]!='direct' or _takes(c)}
     trained = {k: c for k,c in cells.items() if not c.way.fused}
     timed = dict(train={k: c.train for k,c in trained.items()}, infer={k: c.infer for k,c in cells.items()}, infer_1={k: partial(c.infer, 1) for k,c in cells.items()})
@@ -370,7 +375,8 @@ def bench_scaling(
 ) -> pd.DataFrame: # A row a size or batch, and a network; milliseconds a batch
     "Time a training step at many sizes, the reference in float32"
     device = default_device()
-    ways = {'body':(speed_ways[2],'body'), 'with the resizer':(speed_ways[2],'joint'), 'with the reference':(speed_ways[0],'joint')}
+    ours,reference = Way('ours', half=True),speed_ways[0]
+    ways = {'body':(ours,'body'), 'with the resizer':(ours,'joint'), 'with the reference':(reference,'joint')}
     cells = {(k,s,b): Cell(*o, arch, s, s//2, b, device) for k,o in ways.items() for s,b in dict.fromkeys([(s,bs) for s in sizes] + [(size,b) for b in batches])}
     times = take_turns({k: c.train for k,c in cells.items()}, device, rounds)
     later = {k: 1000*np.array(o[1:]) for k,o in times.items()}
@@ -482,7 +488,7 @@ def _read_whole(file): return Image.open(io.BytesIO(Path(file).read_bytes())).co
 def imagefolder_loader(files, size, bs, workers):
     "`ImageFolder`: read the whole file, resize, flip, float, normalise, all in the worker"
     tfms = transforms.Compose([transforms.Resize(size), transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*imagenet_stats)])
-    ds = torchvision.datasets.ImageFolder(files[0].parent.parent, tfms, loader=_read_whole, is_valid_file=set(map(str, files)).__contains__)
+    ds = torchvision.datasets.ImageFolder(files[0].parent.parent, tfms, loader=_read_whole, is_valid_file=set(map(str, files)).__contains__, allow_empty=True)
     dl = torch.utils.data.DataLoader(ds, bs, shuffle=True, drop_last=True, num_workers=workers, pin_memory=default_device().type=='cuda')
     return _OnDevice(dl)
 

@@ -437,7 +437,9 @@ def resizer_compare(
     root = Path(runs)/(name or f'compare-{Path(data).expanduser().resolve().name}-{arch}')
     wanted = [(arm, complete_options(**dict(data=data, arch=arch, **cell_options(arm, seed)) | kwargs)) for seed in seeds for arm in arms]
     for _,o in wanted: check_options(o)
-    if dry_run: return print('\n'.join(f'{command_of(o)} --runs {shlex.quote(str(root))} --resume' for _,o in wanted))
+    if dry_run:
+        for _,o in wanted if not collect else []: print(f'{command_of(o)} --runs {shlex.quote(str(root))} --resume')
+        return
     cells = collect_cells(root) if collect else {arm:[] for arm in arms}
     base = base or _default_base(cells)
     if base not in cells: raise UsageError(f'no runs of the arm {base}, which the others are to be held against: there are {", ".join(cells)}')

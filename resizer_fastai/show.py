@@ -404,8 +404,8 @@ class ResizerInterpretation(ClassificationInterpretation):
         dl:DataLoader=None, # Images with labels
         act:Callable=None, # From the model's output to probabilities; by default that of the loss
     ):
-        "Predict every image once"
-        dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
+        "Predict every image once; those of training without their random crops and flips, as they are shown"
+        if dl is None: dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if ds_idx else learn.dls.test_dl(learn.dls.train.items, with_labels=True)
         preds,targs,decoded,losses = learn.get_preds(dl=dl, with_loss=True, with_decoded=True, act=act)
         self = cls(learn, dl, losses, act)
         self.preds,self.targs,self.decoded = preds,targs,decoded

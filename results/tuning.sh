@@ -20,8 +20,8 @@ unshuffle       --resizer learned+out_channels=12+skip_mode=unshuffle
 num_resblocks-1 --resizer learned+num_resblocks=1
 ema             --resizer learned --ema 0.99
 ema-bilinear    --resizer bilinear --ema 0.99
-start           --resizer learned --lr 3e-4 --start $RUNS/bilinear-{seed}
-start-bilinear  --resizer bilinear --lr 3e-4 --start $RUNS/bilinear-{seed}
+start           --resizer learned --lr 3e-4 --start "$RUNS/bilinear-{seed}"
+start-bilinear  --resizer bilinear --lr 3e-4 --start "$RUNS/bilinear-{seed}"
 group           --resizer learned+norm=group
 num_resblocks-4 --resizer learned+num_resblocks=4
 num_kernels-32  --resizer learned+num_kernels=32

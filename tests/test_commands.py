@@ -151,12 +151,13 @@ def test_bench_of_the_model(shell, tmp_path):
     for o in ('| reference, fp32 ', 'joint training step over the body alone', '| stem and resize ', '`resizer_bench --arch resnet18 --size 128 --out 64 --bs 2 --rounds 1 --no-compile` on'): assert o in res.stdout
     df = pd.read_csv(tmp_path/'speed.csv')
     references = ['fp32'] + ['autocast']*(pick_precision() != 'fp32')
-    assert df[['way', 'kind']].values.tolist() == [[f'reference, {p}', o] for p in references for o in ('body', 'joint')] + [['ours', o] for o in ('body', 'joint', 'direct')] + [['ours, fused', 'joint']]
+    assert df[['way', 'kind']].values.tolist() == [[f'reference, {p}', o] for p in references for o in ('body', 'joint')] + [['reference, run as ours', 'joint']] + [['ours', o] for o in ('body', 'joint', 'direct')] + [['ours, fused', 'joint']]
     assert (df.infer > 0).all() and (df[:-1][['train', 'infer', 'infer_1', 'memory_2', 'memory_1']] > 0).all().all()
-    told, at = json.loads((tmp_path/'speed.json').read_text()), 2*len(references)
+    told, at = json.loads((tmp_path/'speed.json').read_text()), 2*len(references)+1
     pd.testing.assert_frame_equal(pd.DataFrame(told['rows']), df, check_dtype=False)
     assert told['stages'][-1]['stage'] == 'body'
     assert told['ratios']['joint training step over the body alone'] == [round(df.train[at+1]/df.train[at], 3), 0] == [round(df.train_over_body[at+1], 3), 0]
+    assert told['ratios']['joint training step, times as fast as the reference run as ours'] == [round(df.train[at-1]/df.train[at+1], 3), 0]
     assert (told['ratios']['joint training step, times as fast as the reference under autocast'] is None) == (pick_precision() == 'fp32')
 
 def test_bench_of_the_parts(shell, tmp_path):
@@ -172,10 +173,11 @@ def test_bench_of_the_parts(shell, tmp_path):
 def test_bench_leaves_out_what_a_body_cannot_do():
     "A transformer of one size at another one, a step of BatchNorm on one image and one pixel"
     import math
-    from resizer_fastai.bench import bench_model, speed_ways
-    with pytest.warns(UserWarning, match='direct is left out: Wrong image height'): df = bench_model('vit_b_32', 448, 224, bs=2, rounds=1, compile=False, ways=speed_ways[2:3])
+    from resizer_fastai.bench import Way, bench_model
+    ours = [Way('ours', half=True)]
+    with pytest.warns(UserWarning, match='direct is left out: Wrong image height'): df = bench_model('vit_b_32', 448, 224, bs=2, rounds=1, compile=False, ways=ours)
     assert df.kind.tolist() == ['body', 'joint']
-    df = bench_model('resnet18', 64, 32, bs=2, rounds=1, compile=False, ways=speed_ways[2:3])
+    df = bench_model('resnet18', 64, 32, bs=2, rounds=1, compile=False, ways=ours)
     assert df.memory_1.map(math.isnan).tolist() == [True, True, False] and (df.memory_2 > 0).all()
 
 def test_bench_of_epochs(shell):
