@@ -225,7 +225,7 @@ def roofline(
     return pd.DataFrame(rows.values())
 
 # %% ../nbs/07_bench.ipynb #5d392338
-def _fastest(rounds, whose): return min((o for o in rounds if o[0].startswith(whose) and o[1]=='joint'), key=lambda o: np.median(rounds[o]), default=None)
+def _fastest(rounds, whose, kind='joint'): return min((o for o in rounds if o[0].startswith(whose) and o[1]==kind), key=lambda o: np.median(rounds[o]), default=None)
 
 def _body(way): return way.replace(', fused', '').replace('reference, run as ours', 'ours'),'body'   # which is the same one
 
@@ -233,10 +233,10 @@ def speed_ratios(
     rounds:dict, # 'train' and 'infer' -> (way, network) -> times of each round, in any unit
     memory:dict, # (way, network) -> bytes
 ) -> dict: # What it is -> median and half the spread between quartiles, or None where this machine has no such way
-    "The fastest way of this library against the reference, and against the body alone in the same settings; of the reference run as ours, the fastest way as well"
+    "This library against the reference, and either against the body alone, each in its fastest way"
     train,infer = [_fastest(rounds[o], 'ours') for o in ('train','infer')]
     same_train,same_infer = [_fastest(rounds[o], 'reference, run as ours') for o in ('train','infer')]
-    over_body = lambda what,way: way and ratio(what, way, _body(way[0]))
+    over_body = lambda what,way: way and ratio(what, way, _fastest(rounds[what], 'ours', 'body'))
     def ratio(what, a, b):
         if not {a,b}<=set(rounds[what]): return None
         return [round(float(o), 3) for o in _middle(np.divide(rounds[what][a], rounds[what][b]), '').values()]

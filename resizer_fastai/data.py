@@ -120,8 +120,8 @@ def _turned(im):
     except Exception: return False
 
 def _to_bytes(im):
-    "A grey image of more than 8 bits as one of 8: the largest value is 1 for floats that stay under it, else 255 or 65535"
-    x = np.asarray(im).astype(float)
+    "A grey image of more than 8 bits as one of 8: the largest value is 1 for floats that stay under it, else 255 or 65535; what is no number counts as 0"
+    x = np.nan_to_num(np.asarray(im).astype(float), posinf=0., neginf=0.)
     top = 65535 if x.max()>255 or im.mode.startswith('I;16') else 1 if im.mode=='F' and x.max()<=1 else 255
     return Image.fromarray((x*255/top).round().clip(0, 255).astype(np.uint8))
 
@@ -345,7 +345,7 @@ def split_files(
     if len(classes)<2: raise ValueError(f'a classifier needs two classes or more: the training images of {os.path.commonpath(files)} '
                                         f'have {", ".join(sorted(classes)) or "none"}')
     if not valid: raise ValueError(f'no validation images are left of {os.path.commonpath(files)}')
-    if unseen: raise ValueError(f'validation has classes that training has not: {", ".join(sorted(unseen))}')
+    if unseen: raise ValueError(f'a limit of {limit} leaves classes out of training that validation has: {", ".join(sorted(unseen))}' if limit else f'validation has classes that training has not: {", ".join(sorted(unseen))}')
     at = {f:i for i,f in enumerate(files)}
     return tuple(L(sorted(at[f] for f in s)) for s in splits)
 
@@ -571,12 +571,12 @@ def _disk_images(dl, shape, read):
     return ImageRows(file, shape)
 
 def _write_images(dl, file, n_bytes, key):
-    file.unlink(missing_ok=True)
+    tmp = file.with_suffix('.tmp')
+    for o in (file,tmp): o.unlink(missing_ok=True)   # which another process may have left there half-way
     free = shutil.disk_usage(file.parent).free
     if n_bytes>free: raise OSError(f'the decoded images take {n_bytes/1e9:.1f} GB and {file.parent} has {free/1e9:.1f} GB left: '
                                    'make room there, set RESIZER_CACHE to a folder on a larger disk, or take another cache')
     if n_bytes>1e8: print(f'cache: {len(dl.dataset)} images, {n_bytes/1e9:.2f} GB in {file}', flush=True)
-    tmp = file.with_suffix('.tmp')
     try:
         with open(tmp, 'wb') as f:
             for x in _decode_all(dl): f.write(x.numpy())
@@ -620,7 +620,7 @@ def cache_images(
     "Decode the images of `dls` once; OSError if there is no room"
     if cache not in caches: raise UsageError(f'cache is one of {", ".join(caches)}: got {cache}')
     read = image_reader(dls)
-    if not read: raise ValueError('only the DataLoaders of get_dls and resizer_block can be cached')
+    if not read or not all(hasattr(o, 'keep') for o in dls.loaders): raise ValueError('only the DataLoaders of get_dls and resizer_block can be cached')
     shapes = [(len(dl.dataset), *read.size, 3) for dl in dls.loaders]
     if cache in ('ram','device'): at = _pick_memory(cache, sum(map(math.prod, shapes)), torch.device(ifnone(dls.device, 'cpu')))
     for dl,shape in zip(dls.loaders, shapes):

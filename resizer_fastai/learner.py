@@ -85,6 +85,7 @@ def _without_heads(model):
 def _cut(make, model):
     "Where the body of `model` ends: what fastai knows, or what it does not find, because these pool in their forward pass; else None"
     if isinstance(model, VisionTransformer): return _without_heads
+    if isinstance(model, torchvision.models.GoogLeNet): raise RuntimeError('it normalises images in its own way, and its weights have no auxiliary heads')
     if isinstance(model, (torchvision.models.MobileNetV2, torchvision.models.MNASNet, torchvision.models.ShuffleNetV2)): return -1
     return model_meta.get(make, {}).get('cut')
 
@@ -110,7 +111,7 @@ def make_body(
     make,model = get_body(arch),_make_model(arch, pretrained, weights)
     is_vit = isinstance(model, VisionTransformer) and cut is None
     try:
-        body = create_body(model, n_in, pretrained, ifnone(cut, _cut(make, model)))
+        body = create_body(model, n_in, pretrained, cut if cut is not None else _cut(make, model))
         return body, model.hidden_dim if is_vit else num_features_model(nn.Sequential(*body.children())), not is_vit
     except (StopIteration, RuntimeError) as e:
         raise UsageError(f'{_name(arch)} cannot be cut into a body and a head ({str(e) or "no layer of it pools"}): pass cut, or take a body such as resnet50') from None
@@ -171,6 +172,7 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         resizer_args,head_args = resizer_args or {},head_args or {}
         if isinstance(resizer, nn.Module): resizer = deepcopy(resizer).cpu()
         self.n_in,self.n_small = n_in,_channels_out(resizer, n_in, input_size) if isinstance(resizer, nn.Module) else resizer_args.get('out_channels', n_in)
+        if pretrained and resizer_args.get('skip_mode')=='unshuffle': raise UsageError('the channels of skip_mode=unshuffle are none that pretrained weights know: leave one of them out')
         body,nf,pool = make_body(arch, self.n_small, pretrained, weights, cut)
         joint = add_head(body, nf, n_out, init=init, head=custom_head, **dict(pool=pool) | head_args)
         if resizer=='learned': resizer_args = dict(in_channels=n_in, out_channels=n_in) | resizer_args
@@ -186,7 +188,7 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         self._hub_mixin_config = config | (dict(arch=_name(arch)) if named else {})
         if isinstance(resizer, nn.Module): self.set_resizer(resizer)
 
-    def __call__(self, x): return super().__call__(x.as_subclass(Tensor))   # fastai's tensors stay outside of what may be compiled
+    def __call__(self, x): return super().__call__(x.as_subclass(Tensor) if isinstance(x, TensorBase) else x)   # fastai's tensors stay outside of what may be compiled or exported
 
     def forward(self,
         x:Tensor, # Normalised images, shape (B, n_in, H, W)
@@ -251,7 +253,7 @@ def read_batch(self:ResizerClassifier,
     images = images if isinstance(images, (list,tuple,L)) else [images]
     x = torch.stack([self.read.encodes(o).as_subclass(Tensor) for o in images]).to(self.mean.device).permute(0,3,1,2)
     if self.n_in==1: x = (x*x.new_tensor(_grey, dtype=torch.float).view(3,1,1)).sum(1, keepdim=True).round()
-    return (x/255-self.mean)/self.std
+    return ((x/255-self.mean)/self.std).to(one_param(self).dtype)
 
 # %% ../nbs/02_learner.ipynb #39b8d7be
 @patch
@@ -680,13 +682,14 @@ def resizer(self:Learner): return self.model.resizer
 
 @patch(set_prop=True)
 def resizer(self:Learner,
-    resizer:str|nn.Module, # One of `resizer_names`, or a module, of which a copy is taken
+    resizer:str|nn.Module, # One of `resizer_names`, or a module, of which a copy is taken; `learned` starts and trains as in `resizer_learner`
 ):
     m,frozen = self.model,self.opt.frozen_idx if self.opt else 0
-    size,more = getattr(m.resizer, 'size', m._hub_mixin_config['size']),dict(in_channels=m.n_in, out_channels=m.n_small) if resizer=='learned' else {}
+    size,more = getattr(m.resizer, 'size', m._hub_mixin_config['size']),dict(in_channels=m.n_in, out_channels=m.n_small, zero_init=getattr(self, 'pretrained', False)) if resizer=='learned' else {}
     resizer = make_resizer(resizer, size, **more) if isinstance(resizer, str) else deepcopy(resizer)
     _check_resizer_stats(m, resizer)
     m.set_resizer(resizer.to(one_param(m).device))
+    if more.get('zero_init') and not self._grab_cbs(ResizerLR): self.add_cb(ResizerLR(0.01))
     self.create_opt()
     self.opt.freeze_to(frozen)
 

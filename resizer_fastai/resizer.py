@@ -35,6 +35,10 @@ def _check_size(size):
     if len(hw)!=2 or min(hw)<1: raise ValueError(f'the target size is a number of pixels or (height, width), each 1 or more: got {size}')
     return hw
 
+def _target(resizer, size):
+    "Target size of a call, in which None stands for that of `resizer`, which may have changed"
+    return _check_size(resizer.size if size is None else size)
+
 def _check_mode(mode, antialias):
     "Raise if `F.interpolate` has no such `mode`, or cannot antialias with it"
     if mode not in interpolate_modes: raise ValueError(f'no interpolation mode {mode!r}: there are {", ".join(interpolate_modes)}')
@@ -113,14 +117,14 @@ class FixedResizer(nn.Module):
         size = _check_size(size)
         store_attr()
 
-    def _halves(self, x, size): return self.halve and self.interpolate_mode in ('bilinear','area') and not self.antialias and (2*size[0],2*size[1])==tuple(x.shape[-2:])
+    def _halves(self, x, size): return self.halve and x.is_floating_point() and self.interpolate_mode in ('bilinear','area') and not self.antialias and (2*size[0],2*size[1])==tuple(x.shape[-2:])
 
     def forward(self,
         x:Tensor, # Images, shape (B, C, H, W), any range
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # Resized images, shape (B, C, h, w)
         _check_input(x)
-        size = self.size if size is None else _check_size(size)
+        size = _target(self, size)
         if self._halves(x, size): return _halve(x)
         half = self.antialias and x.device.type=='cpu' and x.dtype in (torch.bfloat16,torch.float16)   # PyTorch has no such kernel
         y = _interpolate(x.float() if half else x, size, self.interpolate_mode, self.antialias)
@@ -257,7 +261,7 @@ class ResidualBlock(nn.Module):
 def _skip(resizer, x, size):
     "What the detail is added to"
     if resizer.skip_mode=='resize': return resizer.skip(resizer.resize(x, size))
-    h,w = [resizer.skip.downscale_factor*o for o in (resizer.size if size is None else _check_size(size))]
+    h,w = [resizer.skip.downscale_factor*o for o in _target(resizer, size)]
     if (h,w)!=tuple(x.shape[-2:]): raise ValueError(f'with skip_mode unshuffle this resizer takes images of {h}x{w}: got {x.shape[-2]}x{x.shape[-1]}')
     return resizer.skip(x)
 
@@ -404,10 +408,10 @@ def _recomputes(resizer, x, size):
     if not (resizer.recompute and torch.is_grad_enabled()) or torch.jit.is_tracing() or x.device.type not in ('cpu','cuda'): return False
     if x.shape[0]*min(math.prod(x.shape[-2:]), math.prod(size))<2: return False   # one value has no variance, which the norm says better
     _,*parts = resizer.modules()
-    if not all(type(b) is ResidualBlock for b in resizer.blocks) or any(map(_listened_to, parts)): return False
+    if type(resizer.resize) is not FixedResizer or not all(type(b) is ResidualBlock for b in resizer.blocks) or any(map(_listened_to, parts)): return False
     acts = [resizer.stem[1], resizer.stem[3], *[b.act for b in resizer.blocks]]
     own_norms = [resizer.stem[-1], resizer.merge[-1], *[o for b in resizer.blocks for o in (b.bn1,b.bn2)]]
-    again = [resizer.stem, resizer.stem[2], resizer.merge, *resizer.blocks, *acts, *own_norms]   # and not whole convolutions
+    again = [resizer.resize, resizer.stem, resizer.stem[2], resizer.merge, *resizer.blocks, *acts, *own_norms]   # and not whole convolutions
     return type(resizer.stem[2]) is nn.Conv2d and all(type(o) is nn.LeakyReLU and o.negative_slope>=0 for o in acts) and all(map(_measures, own_norms)) and _is_own(*again)
 
 # %% ../nbs/01_resizer.ipynb #307e9862
@@ -450,7 +454,7 @@ class Resizer(nn.Module):
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # Resized images, shape (B, out_channels, h, w), in no fixed range
         _check_input(x, self.in_channels)
-        size = self.size if size is None else _check_size(size)
+        size = _target(self, size)
         if _recomputes(self, x, size): y = _compiled(self, x, size) if torch.compiler.is_compiling() else _lean(self, x, size)
         else:
             features = self.resize(self.stem(x), size)
@@ -511,7 +515,7 @@ class FusedResizer(nn.Module):
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # As of the `Resizer`
         _check_input(x, self.in_channels)
-        size = self.size if size is None else _check_size(size)
+        size = _target(self, size)
         features = y = self.norm(self.resize(self.stem(x), size))
         for b in self.blocks: y = y + b(y)
         return self.out(features + self.merge(y)) + _skip(self, x, size)
@@ -519,7 +523,7 @@ class FusedResizer(nn.Module):
 def _is_fusible(r):
     "Whether `r` is made of the layers that `FusedResizer` knows, which nobody listens to"
     if not isinstance(r, Resizer) or type(r).forward is not Resizer.forward or r.norm!='batch' or [*map(len, (r.stem,r.merge))]!=[5,2]: return False
-    if not all(type(b) is ResidualBlock for b in r.blocks): return False
+    if type(r.resize) is not FixedResizer or not all(type(b) is ResidualBlock for b in r.blocks): return False
     pairs = [(r.stem[2],r.stem[4]), r.merge, *[o for b in r.blocks for o in ((b.conv1,b.bn1),(b.conv2,b.bn2))]]
     if not all(type(c) is nn.Conv2d and type(b) is nn.BatchNorm2d and b.running_var is not None for c,b in pairs): return False
     return not any(map(_listened_to, r.modules())) and _is_own(*r.modules())
@@ -552,6 +556,7 @@ class MullerResizer(nn.Module):
         x:Tensor, # Images, shape (B, C, H, W), normalised
         size:int|tuple|None=None, # Target size of this call; by default that of the module
     ) -> Tensor: # Resized images, shape (B, C, h, w)
+        size = _target(self, size)
         res = self.resize(x, size)
         with torch.autocast(x.device.type, enabled=False):   # a small difference, which half precision would round away
             for w,b in zip(self.weight, self.bias):

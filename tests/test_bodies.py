@@ -2,7 +2,7 @@
 import sys, urllib.error
 import pytest, torch
 from fastai.vision.all import Normalize, ProgressCallback, noop, params
-from torchvision.models import VisionTransformer
+from torchvision.models import VisionTransformer, googlenet
 from resizer_fastai.data import UsageError, get_dls
 from resizer_fastai.learner import Autocast, ResizerClassifier, ResizerLR, body_stats, get_body, make_body, resizer_learner
 
@@ -50,6 +50,10 @@ def test_a_body_of_one_size_says_so(arch, tmp_path):
 @pytest.mark.parametrize('arch', ['googlenet', 'inception_v3', 'maxvit_t'])
 def test_a_body_that_cannot_be_cut_says_so(arch):
     with torch.device('meta'), pytest.raises(UsageError, match=f'{arch} cannot be cut into a body and a head.*pass cut'): make_body(arch)
+
+def test_weights_without_auxiliary_heads_are_no_way_round(monkeypatch):
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *a, **k: googlenet(init_weights=False).state_dict())
+    with pytest.raises(UsageError, match='googlenet cannot be cut.*no auxiliary heads'): make_body('googlenet', pretrained=True)
 
 def test_a_body_with_channels_last_in_its_features():
     "Swin of timm puts out (B, H, W, C); here it is (B, C, H, W), as a head wants it."

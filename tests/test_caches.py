@@ -125,6 +125,14 @@ def test_a_disk_that_is_too_full_gets_one_sentence(folder, cache_dir, monkeypatc
     with pytest.raises(OSError, match='GB left: make room there'): loaders(folder, 'disk')
     assert not images_in(cache_dir)
 
+def test_what_a_killed_process_has_left_takes_no_room(folder, cache_dir, monkeypatch):
+    loaders(folder, 'disk')
+    one = images_in(cache_dir)[0]
+    one.rename(one.with_suffix('.tmp'))
+    monkeypatch.setattr(data.shutil, 'disk_usage', lambda p: type('usage', (), dict(free=0 if list(cache_dir.glob('*.tmp')) else 10**9)))
+    loaders(folder, 'disk')
+    assert len(images_in(cache_dir)) == 2
+
 def test_a_disk_that_fills_up_leaves_no_half_cache(folder, cache_dir):
     limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))'
     p = start(folder, cache_dir, limit)
@@ -246,4 +254,6 @@ def test_transforms_of_single_images_are_not_lost(folder, cache):
 def test_only_our_own_loaders_are_cached(folder):
     from fastai.vision.all import ImageDataLoaders, Resize
     dls = ImageDataLoaders.from_folder(folder, valid='val', item_tfms=Resize(32), bs=4, num_workers=0)
-    with pytest.raises(ValueError, match='only the DataLoaders of get_dls'): cache_images(dls, 'ram')
+    weighted = resizer_block(32).weighted_dataloaders(folder, [1]*len(dls.train_ds), bs=4, num_workers=0)
+    for o in (dls, weighted):
+        with pytest.raises(ValueError, match='only the DataLoaders of get_dls'): cache_images(o, 'ram')

@@ -42,6 +42,13 @@ def test_modes(mode, tmp_path):
     assert x.dtype == torch.uint8 and x.shape == (60, 80, 3)
     assert close(x, want, 12 if mode == 'CMYK' else 1)
 
+def test_what_is_no_number_is_black(tmp_path):
+    x = np.asarray(photo.convert('L'))/np.float32(255)
+    holes = x.copy()
+    holes[:2], holes[2] = np.nan, np.inf
+    a, b = [read_image(Image.fromarray(o)) for o in (x, holes)]
+    assert not b[:3].any() and torch.equal(a[3:], b[3:]) and b.max() > 100
+
 def test_what_is_transparent_is_laid_over_the_background(tmp_path):
     clear, palette = Image.new('RGBA', (8, 8), (255, 0, 0, 0)), Image.new('P', (8, 8), 3)
     palette.putpalette([0]*9 + [255, 0, 0])

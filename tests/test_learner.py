@@ -10,7 +10,7 @@ from fastai.vision.all import (Adam, Callback, CancelEpochException, CancelFitEx
     error_rate, imagenet_stats, load_learner, nn, noop, params, parent_label, plt, ranger, resnet18, set_seed, tensor)
 from safetensors.torch import load_file, save_file
 from conftest import needs_timm
-from resizer_fastai.data import get_dls, get_path, image_files, read_image
+from resizer_fastai.data import UsageError, get_dls, get_path, image_files, read_image
 from resizer_fastai.learner import (Autocast, EMACallback, FiniteLoss, Frozen, FusedAdamW, Muon, NonFiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR,
     resizer_learner)
 from resizer_fastai.resizer import FixedResizer, Resizer, load_resizer
@@ -684,6 +684,29 @@ def test_another_resizer_keeps_what_is_frozen(make):
     assert moved_by(learn, 1e-2) & filters(learn) == filters(learn, 'resizer', 'head')
     learn.resizer = FixedResizer(32, antialias=True)
     assert learn.model._hub_mixin_config['resizer_args']['antialias'] and not [n for n, _ in learn.model.named_parameters() if n.startswith('resizer')]
+
+def test_a_new_learned_resizer_starts_as_in_the_learner(make, monkeypatch):
+    "In front of pretrained weights as the plain resize, and at a hundredth of the rate"
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *a, **k: resnet18().state_dict())
+    for pretrained in (True, False):
+        learn = make(resizer='bilinear', pretrained=pretrained)
+        learn.resizer = 'learned'
+        assert learn.resizer.zero_init == pretrained and [o.mult for o in learn._grab_cbs(ResizerLR)] == [0.01]*pretrained
+
+def test_pretrained_weights_know_no_unshuffled_pixels():
+    with pytest.raises(UsageError, match='skip_mode=unshuffle are none that pretrained weights know'):
+        ResizerClassifier('resnet18', pretrained=True, resizer_args=dict(out_channels=12, skip_mode='unshuffle'))
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_a_model_is_exported(strict):
+    model, x = ResizerClassifier('resnet18', 4, 'learned', 32, input_size=64).eval(), torch.rand(2, 3, 64, 64)
+    with torch.no_grad(): torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_predict_in_half_precision(dtype):
+    model, im = ResizerClassifier('resnet18', 4, 'learned', 32, input_size=64), np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    want = model.predict(im)[2]
+    torch.testing.assert_close(model.to(dtype).predict(im)[2], want, atol=0.05, rtol=0)
 
 def test_what_an_average_wrote_can_be_read(make, tmp_path):
     "After the fit, in a new learner, and by `from_pretrained`: what comes back is what was validated."

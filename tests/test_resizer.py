@@ -236,11 +236,14 @@ def patched(module, change):
 
 def replace(seq, i, f): seq[i] = f(seq[i])
 
+class MaxPool(resizer.FixedResizer):
+    def forward(self, x, size=None): return nn.functional.adaptive_max_pool2d(x, self.size if size is None else size)
+
 @pytest.mark.parametrize('change', [
     lambda r: replace(r.stem, 2, lambda conv: nn.Sequential(conv, nn.Dropout(0.5))), lambda r: replace(r.stem, 2, lambda conv: nn.Sequential(conv, nn.BatchNorm2d(16))),
     lambda r: nn.utils.parametrizations.spectral_norm(r.stem[2]), lambda r: patched(r.blocks[0], lambda y: 3*y), lambda r: patched(r.blocks[1].bn1, lambda y: 3*y),
-    lambda r: patched(r.merge, lambda y: 3*y), lambda r: setattr(r.blocks[0].bn2, 'num_batches_tracked', None)],
-    ids=['dropout', 'norm', 'spectral', 'block', 'bn', 'merge', 'untracked'])
+    lambda r: patched(r.merge, lambda y: 3*y), lambda r: setattr(r.blocks[0].bn2, 'num_batches_tracked', None), lambda r: setattr(r, 'resize', MaxPool(12)), lambda r: patched(r.resize, lambda y: 3*y)],
+    ids=['dropout', 'norm', 'spectral', 'block', 'bn', 'merge', 'untracked', 'resize', 'patched resize'])
 def test_what_was_changed_is_computed_as_it_is(change):
     torch.manual_seed(0)
     a, b = Resizer(12).double(), Resizer(12, recompute=False).double()
@@ -267,15 +270,27 @@ class Block(resizer.ResidualBlock):
     def forward(self, x): return 3*super().forward(x)
 
 @pytest.mark.parametrize('change', [
-    lambda r: setattr(r, 'size', (8, 8)), lambda r: setattr(r, '__class__', Tripled), lambda r: setattr(r.blocks[0], '__class__', Block), lambda r: patched(r.blocks[0], lambda y: 3*y),
+    lambda r: setattr(r, 'size', (8, 8)), lambda r: setattr(r, 'size', 8), lambda r: setattr(r, 'resize', MaxPool(12)), lambda r: setattr(r, '__class__', Tripled), lambda r: setattr(r.blocks[0], '__class__', Block), lambda r: patched(r.blocks[0], lambda y: 3*y),
     lambda r: r.blocks[0].register_forward_hook(lambda m, x, y: 3*y), lambda r: replace(r.stem, 4, lambda bn: nn.BatchNorm2d(16, track_running_stats=False)),
     lambda r: replace(r.stem, 4, lambda bn: nn.Identity()), lambda r: r.merge.append(nn.LeakyReLU()), lambda r: replace(r.blocks, 0, lambda b: nn.Identity())],
-    ids=['size', 'subclass', 'block', 'patched', 'hook', 'untracked', 'no norm', 'merge', 'identity'])
+    ids=['size', 'one number', 'resize', 'subclass', 'block', 'patched', 'hook', 'untracked', 'no norm', 'merge', 'identity'])
 def test_a_changed_resizer_is_fused_right_or_not_at_all(change):
     r, x = Resizer(12), torch.rand(2, 3, 24, 24)
+    nn.init.uniform_(r.stem[4].weight, -1, 1), nn.init.uniform_(r.stem[4].bias)
     r(x)   # other running statistics than at first
     change(r)
     torch.testing.assert_close(fuse(r.eval())(x), r(x), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('name', ['learned', 'muller', 'bilinear', 'antialias'])
+@pytest.mark.parametrize('size', [8, (8, 10)])
+def test_another_target_size_may_be_set(name, size):
+    r, x = resizer.make_resizer(name, 12), torch.rand(2, 3, 24, 24)
+    r.size = size
+    for o in (r, r.eval(), resizer.make_resizer(**resizer.resizer_config(r))): assert o(x).shape[-2:] == resizer._check_size(size)
+
+def test_bytes_are_resized():
+    x = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
+    for size in (10, 12): assert (resizer.FixedResizer(size)(x)-resizer.FixedResizer(size)(x.float())).abs().max() <= 1
 
 def test_an_image_of_inference_mode_can_be_trained_on():
     with torch.inference_mode(): x = torch.rand(2, 3, 24, 24)
