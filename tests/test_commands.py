@@ -123,7 +123,7 @@ def test_a_line_a_cell_for_a_scheduler(shell, tmp_path):
     "The printed commands make the runs that `--collect` then finds"
     compare = ['resizer_compare', '--arms', 'bilinear,again', '--data', 'sample', '--limit', 20, *small, '--name', 'a b']
     lines = shell(*compare, '--dry_run').stdout.strip().split('\n')
-    assert len(lines) == 2 and not (tmp_path/'runs').exists()
+    assert len(lines) == 2 and not (tmp_path/'runs').exists() and shell(*compare, '--dry_run', '--collect').stdout == ''
     for line in lines: assert shell(*shlex.split(line)).returncode == 0
     res = shell(*compare, '--collect')
     assert res.returncode == 0 and 'again is' in res.stdout and 'paired over 20 validation images of one seed' in res.stdout
@@ -159,6 +159,10 @@ def test_bench_of_the_model(shell, tmp_path):
     assert told['ratios']['joint training step over the body alone'] == [round(df.train[at+1]/df.train[at], 3), 0] == [round(df.train_over_body[at+1], 3), 0]
     assert told['ratios']['joint training step, times as fast as the reference run as ours'] == [round(df.train[at-1]/df.train[at+1], 3), 0]
     assert (told['ratios']['joint training step, times as fast as the reference under autocast'] is None) == (pick_precision() == 'fp32')
+
+def test_bench_of_fewer_images_than_classes(shell):
+    res = shell('resizer_bench', 'data', '--data', 'sample', '--size', 32, '--bs', 4, '--limit', 5, '--epochs', 2, '--workers', 0)
+    assert res.returncode == 0 and 'ImageFolder, all on the CPU' in res.stdout, res.stderr
 
 def test_bench_of_the_parts(shell, tmp_path):
     "Every part is left out once"

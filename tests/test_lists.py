@@ -12,11 +12,12 @@ pytestmark = pytest.mark.skipif(not shutil.which('bash'), reason='no bash')
 @pytest.fixture
 def commands(tmp_path):
     "What a list would run, for a seed and settings"
-    stand_in = tmp_path/'resizer_train'
-    stand_in.write_text('#!/usr/bin/env bash\nprintf "%q " "$@"; echo\n')
-    stand_in.chmod(0o755)
-    def run(name, *args):
-        return subprocess.run(['bash', results/name, *args], capture_output=True, text=True, env=os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', RUNS='runs'))
+    for name in ('resizer_train', 'resizer_compare'):
+        stand_in = tmp_path/name
+        stand_in.write_text('#!/usr/bin/env bash\nprintf "%q " "$@"; echo\n')
+        stand_in.chmod(0o755)
+    def run(name, *args, runs='runs'):
+        return subprocess.run(['bash', results/name, *args], capture_output=True, text=True, env=os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', RUNS=runs))
     return run
 
 @pytest.mark.parametrize('name,n', [('tuning.sh', 15), ('recipe.sh', 43)])
@@ -33,3 +34,16 @@ def test_settings_by_name(commands):
     assert [o.split()[o.split().index('--name')+1] for o in res.stdout.splitlines()] == ['clip-1-0', 'recipe-0', 'zero+fan_in-0']
     res = commands('tuning.sh', '0', 'learned', 'learnt')
     assert res.returncode == 2 and not res.stdout and res.stderr.startswith('no setting learnt: there are bilinear learned ') and len(res.stderr.splitlines()) == 1
+
+def test_a_folder_with_a_space(commands):
+    res = commands('tuning.sh', '0', 'start', runs='my runs')
+    args = shlex.split(res.stdout)
+    assert args[args.index('--start')+1] == 'my runs/bilinear-{seed}' and args[args.index('--runs')+1] == 'my runs'
+
+def test_the_matrix_is_printed_cell_by_cell(commands, tmp_path):
+    "A cell that two of its comparisons share is printed once, and made once by the one that comes first"
+    assert len(commands('imagewoof.sh', '--limit', '100').stdout.splitlines()) == 16
+    (tmp_path/'resizer_compare').write_text('#!/usr/bin/env bash\necho one cell\necho "another of $3"\n')
+    assert commands('imagewoof.sh', '--dry_run').stdout == 'one cell\nanother of --arch\n'
+    (tmp_path/'resizer_compare').write_text('#!/usr/bin/env bash\nexit 2\n')
+    assert [commands('imagewoof.sh', *o).returncode for o in ([], ['--dry_run'])] == [2, 2]

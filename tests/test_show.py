@@ -162,6 +162,14 @@ def test_cam_lies_on_the_image(learn):
         assert list(cam.get_extent()) == [-0.5, w-0.5, h-0.5, -0.5] == list(under.get_extent())
     assert fig.axes[1].get_xlabel().split(', ')[0] in learn.dls.vocab
 
+def test_training_images_are_predicted_as_they_are_shown():
+    "And not as random crops of theirs, which nobody sees"
+    set_seed(0)
+    l = resizer_learner(get_dls('sample', size=32, bs=10, limit=20, min_scale=0.1, num_workers=0), resnet18, size=16, **plain)
+    interp = l.interpret(0)
+    torch.testing.assert_close(interp.preds, l.model.predict(list(interp.dl.items))[2], atol=1e-3, rtol=0)
+    assert [l.dls.vocab[i] for i in interp.targs] == [f.parent.name for f in interp.dl.items] and set(interp.dl.items) == set(l.dls.train_ds.items)
+
 def test_top_losses_show_their_own_images(learn):
     "In the order of the losses, with prediction, truth, loss and probability, coloured where wrong"
     interp = learn.interpret()
