@@ -6,7 +6,7 @@
 __all__ = ['body_names', 'get_body', 'body_stats', 'make_body', 'evaluating', 'ResizerClassifier', 'joint_split',
            'HalvedOptimizer', 'FusedAdamW', 'Muon', 'timm_muon', 'Autocast', 'has_bf16', 'pick_precision',
            'precision_cbs', 'compile_error', 'compile_model', 'NonFiniteLoss', 'FiniteLoss', 'Frozen', 'ResizerLR',
-           'EMACallback', 'RecalibrateBN', 'resizer_learner']
+           'EMACallback', 'RecalibrateBN', 'ResizerLearner', 'resizer_learner']
 
 # %% ../nbs/02_learner.ipynb #e1a3cbfd
 from fastai.vision.all import *
@@ -178,15 +178,19 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         if resizer=='learned': resizer_args = dict(in_channels=n_in, out_channels=n_in) | resizer_args
         self.resizer = resizer if isinstance(resizer, nn.Module) else make_resizer(resizer, size, **resizer_args)
         self.body,self.head = joint
-        self.arch,self.vocab,self.autocast,self.averaging = get_body(arch),vocab,None,None
+        self.arch,self.autocast,self.averaging = get_body(arch),None,None
         self.register_load_state_dict_pre_hook(_take_average)
-        self.read = ReadImage(input_size, resize, **({} if background is None else dict(background=background)))
         stat = lambda o,default: tensor(default if o is None else o, dtype=torch.float).view(-1,1,1)
         self.register_buffer('mean', stat(mean, [0.]), persistent=False)
         self.register_buffer('std',  stat(std,  [1.]), persistent=False)
         named = _name(arch) in body_names() and get_body(_name(arch)) is self.arch
         self._hub_mixin_config = config | (dict(arch=_name(arch)) if named else {})
+        self._set_input(input_size, resize, background, vocab)
         if isinstance(resizer, nn.Module): self.set_resizer(resizer)
+
+    def _set_input(self, input_size, resize='squish', background=None, vocab=None):
+        self.read,self.vocab = ReadImage(input_size, resize, **({} if background is None else dict(background=background))),vocab
+        self._hub_mixin_config |= dict(input_size=input_size, resize=resize, background=background, vocab=vocab)
 
     def __call__(self, x): return super().__call__(x.as_subclass(Tensor) if isinstance(x, TensorBase) else x)   # fastai's tensors stay outside of what may be compiled or exported
 
@@ -584,13 +588,18 @@ def _normalize(dls):
     "The `Normalize` that `dls` has, or None"
     return first(getattr(getattr(dls.train, 'after_batch', None), 'fs', []), risinstance(Normalize))
 
+def _add_normalize(dls, mean, std):
+    "Have `dls` normalise, if it is of fastai's loaders and does not yet"
+    if isinstance(dls.train, TfmdDL) and not _normalize(dls): dls.add_tfms([NormalizeInPlace.from_stats(mean, std, cuda=_device_type(dls)!='cpu')], 'after_batch')
+
 def _reading(dls):
-    "How `dls` brings images to the size that it gives to the model, as arguments of `ResizerClassifier`"
-    if read := image_reader(dls): return dict(input_size=read.size, resize=read.resize, background=list(read.background))
+    "How `dls` brings images to the size that it gives to the model, and what it names their classes, as arguments of `ResizerClassifier`"
+    names = dict(vocab=list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None)
+    if read := image_reader(dls): return dict(input_size=read.size, resize=read.resize, background=list(read.background)) | names
     dl = dls.valid if len(dls.valid) else dls.train
-    if not isinstance(dl, TfmdDL): return dict(input_size=list(first(dl)[0].shape[-2:]))   # a loader of PyTorch
+    if not isinstance(dl, TfmdDL): return dict(input_size=list(first(dl)[0].shape[-2:])) | names   # a loader of PyTorch
     with no_random(): x = dl.new(bs=1, num_workers=0).one_batch()[0]
-    return dict(input_size=list(x.shape[-2:]), resize=getattr(first(dl.after_item.fs, risinstance(Resize)), 'method', 'squish'))
+    return dict(input_size=list(x.shape[-2:]), resize=getattr(first(dl.after_item.fs, risinstance(Resize)), 'method', 'squish')) | names
 
 def _check_stats(used, mean, std, whose):
     "Warn if images are normalised otherwise than `whose` mean and standard deviation, where these are lists, ask for"
@@ -602,13 +611,32 @@ def _stats(model): return dict(mean=model.mean.flatten().tolist(), std=model.std
 
 def _check_resizer_stats(model, resizer): _check_stats(_stats(model), getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
 
-def _check_fit(model, n_in, name):
+def _check_fit(model, size):
     "Raise unless an image passes the model from end to end"
-    with torch.no_grad():
-        small = model.eval().resizer(torch.zeros(1, n_in, *_hw(model.read.size)))
+    with torch.no_grad(), evaluating(model):
+        small = model.resizer(torch.zeros(1, model.n_in, *_hw(size), device=one_param(model).device))
         try: model.head(model.body(small))
-        except (AssertionError, RuntimeError, ValueError) as e: raise UsageError(f'{name} cannot take images of {"x".join(map(str, small.shape[1:]))}, which the resizer puts out: {e}') from e
-    model.train()
+        except (AssertionError, RuntimeError, ValueError) as e: raise UsageError(f'{_name(model._hub_mixin_config["arch"])} cannot take images of {"x".join(map(str, small.shape[1:]))}, which the resizer puts out: {e}') from e
+
+# %% ../nbs/02_learner.ipynb #b7d1c95e
+class ResizerLearner(Learner):
+    "A `Learner` of a `ResizerClassifier`, which can go on with other images of as many classes: `learn.dls = get_dls(path, size=448)`"
+    @property
+    def dls(self): return self._dls
+    @dls.setter
+    def dls(self, dls):   # fastai's `export` sets empty ones for a while
+        if 'model' in vars(self) and len(dls.train): self._fit_to(dls)
+        self._dls = dls
+
+    def _fit_to(self, dls):
+        "Normalise `dls` as the images before, and have the model read images as `dls` does"
+        m,was,c,reading = get_model(self.model),get_c(self.dls),get_c(dls),_reading(dls)
+        if c!=was: raise UsageError(f'the model tells {was} classes apart, and these images have {c}')
+        _check_fit(m, reading['input_size'])
+        if _normalize(self.dls): _add_normalize(dls, **_stats(m))
+        if norm := _normalize(dls): _check_stats(_stats(norm), **_stats(m), whose='this model')
+        m._set_input(**reading)
+
 
 # %% ../nbs/02_learner.ipynb #a47baf63
 @delegates(create_head)
@@ -642,26 +670,25 @@ def resizer_learner(
     custom_head:nn.Module=None, # In place of fastai's head
     compile:bool=False, # Compile the model, with `compile_model`
     **kwargs
-) -> Learner: # Its `model` is a `ResizerClassifier`
+) -> ResizerLearner:
     "A `Learner` that trains a resizer and a classifier together"
     n_out = ifnone(n_out, get_c(dls))
     if not n_out: raise ValueError('the number of classes cannot be told from dls: pass n_out')
     stats = body_stats(arch, weights) if pretrained else imagenet_stats
-    if normalize and n_in==len(stats[0]) and isinstance(dls.train, TfmdDL) and not _normalize(dls):
-        dls.add_tfms([NormalizeInPlace.from_stats(*stats, cuda=_device_type(dls)!='cpu')], 'after_batch')
+    if normalize and n_in==len(stats[0]): _add_normalize(dls, *stats)
     norm = _normalize(dls)
     used = _stats(norm) if norm else dict(mean=[0.]*n_in, std=[1.]*n_in)
     if resizer=='learned': resizer_args = dict(zero_init=ifnone(zero_init, pretrained)) | (resizer_args or {})
-    model = ResizerClassifier(arch, n_out, resizer, size, n_in, vocab=list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None, **used, **_reading(dls),
+    model = ResizerClassifier(arch, n_out, resizer, size, n_in, **used, **_reading(dls),
                               pretrained=pretrained, weights=weights, resizer_args=resizer_args, head_args=kwargs, cut=cut, init=init, custom_head=custom_head)
-    _check_fit(model, n_in, _name(arch))
+    _check_fit(model, model.read.size)
     if pretrained: _check_stats(used, *stats, f'the weights of {_name(arch)}')
     _check_resizer_stats(model, model.resizer)
     lr_mult = ifnone(lr_mult, 0.01 if pretrained and isinstance(model.resizer, Resizer) else 1)
     if lr_mult!=1: cbs = L(cbs) + ResizerLR(lr_mult)
-    learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=cbs, metrics=metrics, path=ifnone(path, Path()),
-                    splitter=ifnone(splitter, partial(joint_split, split=model_meta.get(model.arch, {}).get('split', default_split))), model_dir=model_dir, wd=wd,
-                    wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)
+    learn = ResizerLearner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=cbs, metrics=metrics, path=ifnone(path, Path()),
+                           splitter=ifnone(splitter, partial(joint_split, split=model_meta.get(model.arch, {}).get('split', default_split))), model_dir=model_dir, wd=wd,
+                           wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)
     if pretrained: learn.freeze()
     if compile: compile_model(model, ifnone(getattr(dls, 'device', None), 'cpu'))
     store_attr('arch,normalize,n_out,pretrained', self=learn)

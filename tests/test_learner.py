@@ -534,6 +534,38 @@ def test_batches_are_normalised_from_random_weights_too(kwargs, mean, std, make)
     wanted = torch.stack([read_image(f, 64).permute(2, 0, 1)/255 for f in dls.valid_ds.items[:10]])
     torch.testing.assert_close(x.as_subclass(Tensor), (wanted-mean)/std, atol=1e-5, rtol=0)
 
+def plain_dls(size):
+    "What `DataBlock` alone makes of the drawn images"
+    files = image_files(get_path('sample'))[::20]
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label, splitter=GrandparentSplitter(valid_name='val'), item_tfms=Resize(size))
+    return block.dataloaders('', bs=10, device='cpu')
+
+@pytest.mark.parametrize('larger', [lambda: get_dls('sample', size=(96, 128), bs=10, limit=20, num_workers=0, device='cpu'), lambda: plain_dls((96, 128))], ids=['get_dls', 'DataBlock'])
+def test_training_goes_on_with_larger_images(larger, make, tmp_path):
+    "Normalised as the first; what is saved reads them as training did, also after an export, which empties the loaders for a while."
+    learn = settle(make())
+    learn.dls = dls = larger()
+    settle(learn)
+    learn.export('learner.pkl')
+    assert learn.dls is dls and load_learner(tmp_path/'learner.pkl').dls.train_ds.items == []
+    preds, _ = learn.get_preds()
+    learn.save_pretrained(tmp_path/'m')
+    model = ResizerClassifier.from_pretrained(tmp_path/'m')
+    assert list(model.read.size) == [96, 128]
+    torch.testing.assert_close(model.predict(list(dls.valid_ds.items))[2], preds, atol=1e-4, rtol=0)
+
+def test_other_images_have_to_fit(make):
+    "As many classes, a size that the body takes, and a warning where they are normalised in another way; what does not fit changes nothing."
+    learn = make()
+    dls = learn.dls
+    with pytest.raises(UsageError, match='tells 10 classes apart, and these images have 3'): learn.dls = four_dls()
+    vit = make(get_dls('sample', size=224, bs=10, limit=20, num_workers=0, device='cpu'), 'vit_b_32', resizer='none')
+    with pytest.raises(UsageError, match='vit_b_32 cannot take images of 3x64x64'): vit.dls = dls
+    assert learn.dls is dls and learn.model.read.size == [64, 64] and vit.model.read.size == [224, 224]
+    other = new_dls()
+    other.add_tfms([Normalize.from_stats([0.5]*3, [0.25]*3, cuda=False)], 'after_batch')
+    with pytest.warns(UserWarning, match='for this model it should be'): learn.dls = other
+
 def test_normalisation_of_ones_own_stays_the_only_one(make, tmp_path):
     "It goes with the model that is saved."
     dls = new_dls()
