@@ -492,6 +492,8 @@ class EMACallback(Callback):
     ):
         self.decay,self.average,self.shown,self.validations,self.hooks = decay,None,False,0,[]
 
+    def __getstate__(self): return vars(self) | dict(learn=None, average=None, shown=False, validations=0, hooks=[])   # a model is copied and pickled with what it calls, which is this
+
     def before_fit(self): self._end()   # where the last fit was interrupted
     def before_train(self):   # `get_preds` and `validate` call before_fit as well
         if hasattr(self.learn, 'lr_finder'): return

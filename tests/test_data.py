@@ -1,9 +1,10 @@
 "The sample set under several processes, and learners that leave the machine they were made on."
 import json, os, subprocess, sys
+from pathlib import Path
 import pytest, torch
 from fastai.vision.all import get_image_files, load_learner, resnet18
 from conftest import make_images
-from resizer_fastai.data import _write_json, folder_report, get_dls, get_path
+from resizer_fastai.data import _write_json, folder_report, get_dls, get_path, split_files
 from resizer_fastai.learner import precision_cbs, resizer_learner
 from resizer_fastai.train import data_fingerprint
 
@@ -57,3 +58,10 @@ def test_learner_writes_beside_its_path_and_not_into_the_data(tmp_path, monkeypa
     learn = resizer_learner(get_dls('sample', size=64, bs=10, limit=20, num_workers=0), resnet18, size=32, pretrained=False)
     learn.save('weights')
     assert (tmp_path/'models'/'weights.pth').exists() and not (get_path('sample')/'models').exists()
+
+def test_a_limit_that_leaves_classes_out():
+    "Of training images, where validation has them: it says so, and that it is the limit."
+    files = [Path(split, c, '1.png') for split, classes in (('train', 'abcd'), ('val', 'bcd')) for c in classes]
+    assert [len(o) for o in split_files(files)] == [4, 3]
+    with pytest.raises(ValueError, match='a limit of 2 leaves classes out of training that validation has: c'): split_files(files, limit=2)
+    with pytest.raises(ValueError, match='^validation has classes that training has not: b'): split_files([f for f in files if f.parts != ('train', 'b', '1.png')])

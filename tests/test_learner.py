@@ -1,5 +1,5 @@
 "What fastai's users do with the learner of `vision_learner`, done with that of `resizer_learner`."
-import json, random, re, shutil, sys, warnings
+import json, pickle, random, re, shutil, sys, warnings
 from copy import deepcopy
 from functools import partial
 from types import ModuleType
@@ -752,6 +752,18 @@ def test_what_an_average_wrote_can_be_read(make, tmp_path):
     other.load('best')
     assert same(state(other), validated.seen[1])
     assert same(ResizerClassifier.from_pretrained(tmp_path/'m').state_dict(), validated.seen[1])
+
+@pytest.mark.parametrize('copy', [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=['copied', 'pickled'])
+def test_a_copy_of_a_model_that_is_averaged(copy, make):
+    "Of what training, or validation, has in the model; it averages nothing, and loads what a file holds for validation."
+    look = lambda cb: (copy(cb.learn.model), state(cb.learn))
+    trained, validated = watch('after_train', look), watch('before_validate', look)
+    learn = make(cut=5, cbs=[EMACallback(0.8), trained, validated])
+    learn.fit(1, 1e-2, cbs=SaveModelCallback(fname='end', at_end=True))
+    for model, was in trained.seen+validated.seen: assert same(model.state_dict(), was)
+    learn.model = trained.seen[0][0]
+    learn.load('end')
+    assert same(state(learn), validated.seen[0][1])
 
 def test_average_is_in_the_file_of_the_end(make, tmp_path):
     make(cut=5, cbs=EMACallback(0.8)).fit(1, 1e-2, cbs=SaveModelCallback(fname='end', at_end=True))
