@@ -16,7 +16,7 @@ from .data import UsageError, cli_command, get_path, parse_size
 from .resizer import make_resizer
 from .learner import Frozen, ResizerClassifier
 from .show import draw_image, figure_text, picture, plain_text, resized_views, section, value_range, write_report
-from .train import changed_since, check_alike, check_options, command_of, finished_run, is_finished, made_with, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure, start_folder, started_run, train_run
+from .train import changed_since, check_alike, check_network, check_options, check_start, command_of, finished_run, is_finished, made_with, read_run, recipe_learner, resizer_train, run_name, run_pictures, save_figure, start_folder, started_run, train_run
 
 # %% ../nbs/05_compare.ipynb #c106d16d
 def paired_interval(
@@ -51,6 +51,11 @@ def smallest_effect(
 
 # %% ../nbs/05_compare.ipynb #03b8b621
 arm_names = ['bilinear','again','antialias','bicubic','pil','none','muller','learned']   # in the order of a table
+
+def _check_seeds(seeds):
+    "Raise if a seed, by what has it, is none of a comparison"
+    wrong = [k for k,o in seeds.items() if not 0<=o<1000]
+    if wrong: raise UsageError(f'a seed of a comparison is a number from 0 to 999: got {", ".join(map(str, wrong))}')
 
 def cell_options(
     arm:str, # One of `arm_names`
@@ -121,6 +126,7 @@ def collect_cells(
     found = {p: read_run(p) for p in sorted(root.glob('*')) if (p/'run.json').exists() and not re.search(r'\.old-\d+$', p.name)}
     found = {p: r for p,r in found.items() if is_finished(p, r)}
     if not found: raise UsageError(f'no finished run in {root}')
+    _check_seeds({p.name: arm_and_seed(r)[1] for p,r in found.items()})
     _check_comparable(found)
     for (arm,seed),paths in groupby(found, lambda p: arm_and_seed(found[p])).items():
         if len(paths)>1: raise UsageError(f'{" and ".join(p.name for p in paths)} are one cell, {arm} with seed {seed}: leave one of them')
@@ -394,9 +400,10 @@ def train_cells(
 ) -> list: # Arm and folder of each cell
     "Train those that are not there already; what would make them no comparison is said before"
     for _,o in wanted:
-        if o['start']: finished_run(start_folder(o))
+        if o['start']: check_start(start_folder(o), o['arch'], o['data'], o['valid_pct'], o['tune'])
     made = {p: read_run(p) for _,o in wanted if _is_made(p := _cell_path(root, o), o)}
     _check_comparable(made)
+    for o in {arm: o for arm,o in wanted if _cell_path(root, o) not in made}.values(): check_network(o)
     like,cells = first(made),[]
     for arm,o in wanted:
         path = run_cell(root, like, **o)
@@ -433,8 +440,9 @@ def resizer_compare(
     arms,seeds = _list(arms, str, 'arms', 'bilinear,learned'),_list(seeds, int, 'seeds', '0,1,2')
     unknown = [o for o in arms if o.split('+')[0] not in arm_names]
     if unknown: raise UsageError(f'no resizer {", ".join(unknown)}: there are {", ".join(arm_names)}')
-    if not all(0<=o<1000 for o in seeds): raise UsageError(f'a seed of a comparison is a number from 0 to 999: got {", ".join(map(str, seeds))}')
-    root = Path(runs)/(name or f'compare-{Path(data).expanduser().resolve().name}-{arch}')
+    if more := kwargs.keys() - _defaults.keys() | kwargs.keys() & {'resizer','seed'}: raise UsageError(f'a comparison has no option {", ".join(sorted(more))}')
+    _check_seeds({o:o for o in seeds})
+    root = Path(runs)/(name or f'compare-{Path(data).expanduser().resolve().name}-{arch}'.replace('/', '_'))
     wanted = [(arm, complete_options(**dict(data=data, arch=arch, **cell_options(arm, seed)) | kwargs)) for seed in seeds for arm in arms]
     for _,o in wanted: check_options(o)
     if dry_run:

@@ -12,7 +12,7 @@ __all__ = ['sample_bands', 'resize_ways', 'wordnet_names', 'caches', 'UsageError
 # %% ../nbs/00_data.ipynb #703d6ccf
 from fastai.vision.all import *
 from fastcore.script import anno_parser
-from PIL import Image, ImageColor, ImageFile, ImageOps
+from PIL import Image, ImageColor, ImageFile
 from torchvision.transforms.v2 import functional as tvf2
 from filelock import FileLock
 from collections.abc import Callable
@@ -101,23 +101,31 @@ def _fetch(name):
         'or use --data sample, which is drawn on the spot, or --data DIR for a folder of your own') from e
 
 # %% ../nbs/00_data.ipynb #cd688dfd
+def _whole(data):
+    "The name of a data set, or the whole path of a folder, however it is spelled"
+    return str(data) if str(data)=='sample' or str(data) in _urls else os.path.abspath(Path(data).expanduser())
+
 def get_path(
     data:str|Path='sample', # 'sample', 'imagenette[-320|-160]', 'imagewoof[-320|-160]', or a folder
 ) -> Path: # Folder with `train` and `val` (or `valid`) inside, or with a folder a class
     "The folder that a data set lies in: `sample` is drawn and fastai's sets are downloaded on first use"
     if str(data)=='sample': return _sample_path()
     if str(data) in _urls: return _fetch(str(data))
-    path = Path(os.path.abspath(Path(data).expanduser()))
+    path = Path(_whole(data))
     if not path.is_dir(): raise FileNotFoundError(f'{data} is neither a folder nor one of sample, {", ".join(_urls)}')
     return path
 
 # %% ../nbs/00_data.ipynb #e376642a
 _background = (124,116,104)
 
-def _turned(im):
-    "Whether EXIF says that an opened image lies on its side or is mirrored; unreadable EXIF says nothing"
-    try: return im.getexif().get(0x0112, 1)!=1
-    except Exception: return False
+_turns = {2:Image.Transpose.FLIP_LEFT_RIGHT, 3:Image.Transpose.ROTATE_180, 4:Image.Transpose.FLIP_TOP_BOTTOM, 5:Image.Transpose.TRANSPOSE,
+          6:Image.Transpose.ROTATE_270, 7:Image.Transpose.TRANSVERSE, 8:Image.Transpose.ROTATE_90}   # by EXIF's orientation
+
+def _turn(im):
+    "What turns an opened image upright, or None; unreadable EXIF says nothing"
+    im.load()   # Pillow turns a TIFF itself
+    try: return _turns.get(im.getexif().get(0x0112))
+    except Exception: return None
 
 def _to_bytes(im):
     "A grey image of more than 8 bits as one of 8: the largest value is 1 for floats that stay under it, else 255 or 65535; what is no number counts as 0"
@@ -127,7 +135,7 @@ def _to_bytes(im):
 
 def _rgb(im, background):
     "An opened image, upright and in RGB"
-    if _turned(im): im = ImageOps.exif_transpose(im)
+    if (turn := _turn(im)) is not None: im = im.transpose(turn)
     if im.mode[0] in 'IF': im = _to_bytes(im)
     if im.has_transparency_data:
         im = im.convert('RGBA')
@@ -138,20 +146,22 @@ def _rgb(im, background):
 class _Bomb(OSError): "An image with more pixels than Pillow's limit"
 
 def _open(file):
-    "Open an image file without reading its pixels"
+    "Open an image file, or the bytes of one, without reading its pixels"
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        try: return Image.open(file)
+        try: return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e: raise _Bomb(e) from None
 
 def _pixels(im, background): return torch.from_numpy(np.array(_rgb(im, background)))
 
 def _read(file, background=_background):
-    "Pixels (H, W, 3) of an image file, and whether it was whole"
+    "Pixels (H, W, 3) of an image file, and whether it was whole; OSError for what cannot be read"
     with suppress(Exception), _open(file) as im: return _pixels(im, background), True
     strict,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,True
     try:
         with _open(file) as im: return _pixels(im, background), False
+    except OSError: raise
+    except Exception as e: raise OSError(f'{"the bytes" if isinstance(file, bytes) else file} cannot be read: {e}') from e
     finally: ImageFile.LOAD_TRUNCATED_IMAGES = strict
 
 # %% ../nbs/00_data.ipynb #ec8831d5
@@ -193,10 +203,8 @@ def read_image(
 ) -> Tensor: # uint8, of shape (height, width, 3)
     "Any image as upright RGB, at `size`; OSError for what cannot be read"
     background = _colour(background)
-    if isinstance(o, (str,Path)): x,_ = _read(o, background)
-    else:
-        if isinstance(o, bytes): o = _open(io.BytesIO(o))
-        x = _pixels(o if isinstance(o, Image.Image) else Image.fromarray(np.asarray(o)), background)
+    if isinstance(o, (str,Path,bytes)): x,_ = _read(o, background)
+    else: x = _pixels(o if isinstance(o, Image.Image) else Image.fromarray(np.asarray(o)), background)
     return x if size is None else resize_ways[resize](x.permute(2,0,1), _hw(size), background).permute(1,2,0).contiguous()
 
 # %% ../nbs/00_data.ipynb #abe88068
@@ -224,7 +232,7 @@ def image_files(
 # %% ../nbs/00_data.ipynb #b5efe9ea
 def _cache_dir():
     "Where checks and decoded images are kept: $RESIZER_CACHE, or `resizer_cache` beside fastai's data sets"
-    path = Path(os.environ.get('RESIZER_CACHE') or fastai_path('data')/'resizer_cache')
+    path = Path(os.environ.get('RESIZER_CACHE') or fastai_path('data')/'resizer_cache').expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path.absolute()
 
@@ -306,6 +314,7 @@ def _order(files):
 def _split_pct(files, valid_pct):
     "Split `files` into training and validation, `valid_pct` of each class for validation and at least one for each, but never all"
     if not 0<valid_pct<1: raise UsageError(f'valid_pct is a share of the images, between 0 and 1: got {valid_pct}')
+    if not files: return [],[]
     root = Path(os.path.commonpath([f.parent for f in files]))
     files = [f for f in files if f.parent!=root] or files   # images beside the folders of the classes have no class
     n = Counter(f.parent.name for f in files)
@@ -337,8 +346,8 @@ def split_files(
 ) -> tuple: # Indices into `files`: training, validation
     "Split image files into training and validation, by folder or by share, the same way on every machine"
     if limit is not None and limit<1: raise UsageError(f'limit is a number of images, 1 or more: got {limit}')
-    kept = [f for f in files if f not in leave_out]
-    splits = _split_folders(kept) if valid_pct is None else _split_pct(kept, valid_pct)
+    kept = lambda o: [f for f in o if f not in leave_out]
+    splits = list(map(kept, _split_folders(files))) if valid_pct is None else _split_pct(kept(files), valid_pct)
     if tune: splits = _split_pct(splits[0], 0.2)
     train,valid = splits = [_order(s)[:limit] for s in splits]
     classes,unseen = {f.parent.name for f in train},{f.parent.name for f in valid}-{f.parent.name for f in train}
@@ -444,7 +453,7 @@ class RandomCropFlip(RandTransform):
     "Random resized crop and horizontal flip of a batch, each image its own, at the size that comes in; training only"
     split_idx,order = 0,5
     def __init__(self,
-        min_scale:float=0.35, # Smallest crop as a share of the image's area, over 0; 1 means flips only
+        min_scale:float=0.35, # Smallest crop as a share of the image's area, over 0; 1 means flips only (between 0.75 and 1 a crop may be smaller, as it ends at the borders)
         ratio:tuple=(3/4, 4/3), # Range of the crop's width over its height, both as shares of the image's
         **kwargs
     ):
@@ -493,8 +502,11 @@ def _on_device(images): return isinstance(images, Tensor) and images.device.type
 class ImageDL(TfmdDL):
     "A `TfmdDL` that can take its batches from decoded images"
     images = targs = None   # in the order of the data set
+    reading = None          # what files are read with
     def keep(self, images):
         "Take batches out of `images`, a uint8 tensor (N, H, W, 3) or `ImageRows`; None for reading files again"
+        if self.images is None: self.reading = self.pin_memory,self.fake_l.pin_memory,self.fake_l.num_workers
+        self.pin_memory,self.fake_l.pin_memory,self.fake_l.num_workers = self.reading
         self.images = images
         if images is None: return
         self.targs = [fa_collate(list(tl)) for tl in self.dataset.tls[1:]]
@@ -505,12 +517,13 @@ class ImageDL(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         res = super().new(dataset, cls, **kwargs)
-        if dataset is None or dataset is self.dataset: res.images,res.targs = self.images,self.targs
+        if dataset is None or dataset is self.dataset: res.images,res.targs,res.reading = self.images,self.targs,self.reading
         return res
 
     def create_batches(self, samps):
         others = [o for p in (self.after_item,self.before_batch) for o in getattr(p, 'fs', []) if not isinstance(o, ToTensor)]   # which want an image at a time
-        if self.images is None or others: yield from super().create_batches(samps)
+        own = vars(self).keys() & {'create_item','create_batch'}
+        if self.images is None or others or own: yield from super().create_batches(samps)
         else: yield from map(self._take, self.chunkify(samps))
 
     def _take(self, idxs):

@@ -436,6 +436,7 @@ class Resizer(nn.Module):
     ):
         super().__init__()
         if norm not in norms: raise ValueError(f'no norm {norm!r}: there are {", ".join(norms)}')
+        if min(in_channels, out_channels, num_kernels)<1 or num_resblocks<0: raise ValueError(f'in_channels, out_channels and num_kernels are 1 or more, num_resblocks 0 or more: got {in_channels}, {out_channels}, {num_kernels} and {num_resblocks}')
         n,size,k = num_kernels,_check_size(size),math.isqrt(out_channels//in_channels)
         if skip_mode not in ('resize','unshuffle'): raise ValueError(f'the skip_mode is resize or unshuffle: got {skip_mode!r}')
         if skip_mode=='unshuffle' and (k<1 or out_channels!=in_channels*k*k): raise ValueError(f'skip_mode unshuffle has k² times the channels, such as 12 of 3: got out_channels {out_channels} of {in_channels}')
@@ -547,6 +548,7 @@ class MullerResizer(nn.Module):
         antialias:bool=False, # Antialias every resize; for bilinear and bicubic
     ):
         super().__init__()
+        if num_layers<1 or kernel_size<1 or kernel_size%2==0 or not sigma>0: raise ValueError(f'num_layers is 1 or more, kernel_size odd, and sigma above 0: got {num_layers}, {kernel_size} and {sigma}')
         size = _check_size(size)
         store_attr()
         self.resize = FixedResizer(size, interpolate_mode, antialias)

@@ -175,23 +175,28 @@ class Film(Callback):
         items:list=None, # Places in the validation set, or images; by default the first of each of `n` classes
         n:int=4, # Classes
     ):
-        self.items,self.n,self.frames,self.training_epoch = items,n,[],False
+        self.items,self.n,self.frames,self.training_epoch,self.shown = items,n,[],False,None
     def before_fit(self): self.training_epoch = False   # `validate` and `get_preds` call it, too
     def before_train(self):
         self.training_epoch = not hasattr(self.learn, 'lr_finder') and isinstance(self.dls.valid, TfmdDL)
-        if self.training_epoch and not self.frames: self._keep()
+        if self.training_epoch and self._begins(): self._keep()
     def after_validate(self):   # of the weights that are validated, an average for example
         if self.training_epoch: self._keep()
         self.training_epoch = False
+    def _shown(self):
+        resizer = get_model(self.model).resizer
+        return resizer,getattr(resizer, 'size', None)
+    def _begins(self):
+        "Whether the next frame is the first: of another resizer, or another size"
+        return not self.frames or self.shown not in (None, self._shown())
     def _keep(self):
-        if not self.frames: self.batch,self.labels = _batch(self.learn, self._first_of_each() if self.items is None else self.items)
-        frame = resized_views(get_model(self.model), self.batch, ())['resized'].half()
-        if self.frames and frame.shape!=self.frames[0].shape: self.frames = []   # of another size: a new strip
-        self.frames.append(frame)
+        if self._begins(): self.frames,(self.batch,self.labels) = [],_batch(self.learn, self._first_of_each() if self.items is None else self.items)
+        self.frames.append(resized_views(get_model(self.model), self.batch, ())['resized'].half())
+        self.shown = self._shown()
     def _first_of_each(self):
         try: return _pick_flat(self.dls)[:self.n]
         except ValueError: return range(min(self.n, len(self.dls.valid_ds)))
-    def __getstate__(self): return vars(self) | dict(frames=[], batch=None, labels=None)   # no images into `learn.export`
+    def __getstate__(self): return vars(self) | dict(frames=[], batch=None, labels=None, shown=None)   # no images into `learn.export`
 
 # %% ../nbs/03_show.ipynb #cee306e8
 @patch

@@ -251,6 +251,22 @@ def test_transforms_of_single_images_are_not_lost(folder, cache):
     for dls in (plain, inverted): cache_images(dls, cache)
     for dl in (inverted.valid, plain.valid.new(after_item=Invert())): assert torch.equal(dl.one_batch()[0], want)
 
+@pytest.mark.parametrize('cache', kept)
+def test_functions_of_a_loader_are_not_lost(folder, cache):
+    "`create_item` and `create_batch`, which fastai takes as arguments"
+    dls = cache_images(resizer_block((32, 48)).dataloaders(folder, bs=6, num_workers=0, shuffle=False), cache)
+    def first_two(b): return dls.valid.create_batch(b[:2])
+    def one_image(i): return dls.valid.dataset[0]
+    assert len(dls.valid.new(create_batch=first_two).one_batch()[0]) == 2
+    x, _ = dls.valid.new(create_item=one_image).one_batch()
+    assert len(x) == 6 and torch.equal(x[0], x[5])
+
+def test_workers_come_back(folder):
+    "They are not needed while decoded images are kept"
+    dls = resizer_block((32, 48)).dataloaders(folder, bs=6, num_workers=2, device='cpu')
+    n = [(cache_images(dls, o), *[dl.fake_l.num_workers for dl in (*dls.loaders, dls.train.new())])[1:] for o in ('ram', 'disk', 'none')]
+    assert n == [(0, 0, 0), (0, 0, 0), (2, 2, 2)]
+
 def test_only_our_own_loaders_are_cached(folder):
     from fastai.vision.all import ImageDataLoaders, Resize
     dls = ImageDataLoaders.from_folder(folder, valid='val', item_tfms=Resize(32), bs=4, num_workers=0)

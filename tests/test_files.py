@@ -77,6 +77,30 @@ def test_broken_exif_does_not_matter(ending, tmp_path):
     assert close(read_image(tmp_path/f'x.{ending}'), upright, 12)
     assert check_images([tmp_path/f'x.{ending}']).problem[0] == ''
 
+def test_exif_that_cannot_be_written_back_does_not_matter(tmp_path):
+    "A photograph is turned although another of its tags has a type that this tag does not have"
+    tags = struct.pack('<HHII', 0x0112, 3, 1, 6) + struct.pack('<HHII', 0x0213, 4, 1, 0x10001)   # orientation, YCbCrPositioning
+    exif = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + tags + bytes(4)
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path/'x.jpg', exif=exif, quality=95)
+    assert check_images([tmp_path/'x.jpg']).problem[0] == ''
+    assert close(read_image(tmp_path/'x.jpg'), upright, 12)
+
+@pytest.mark.parametrize('file', [b'P6\n'+b'1'*50, b'no image', b''])
+def test_what_cannot_be_read_is_an_oserror(file, tmp_path):
+    "Whatever Pillow raises, of a file as of its bytes"
+    (tmp_path/'x.ppm').write_bytes(file)
+    for o in (file, tmp_path/'x.ppm'):
+        with pytest.raises(OSError): read_image(o)
+
+@pytest.mark.parametrize('valid_pct,bad,says', [(0.5, 'abv', 'have none'), (None, 'abv', 'have none'), (None, 'v', 'no validation images are left')])
+def test_images_of_which_none_can_be_read(valid_pct, bad, says, tmp_path):
+    "Such as pointers to files that were never fetched"
+    files = [f'{split}/{c}/{i}.jpg' for split in ('train', 'val') for c in 'ab' for i in range(2)]
+    make_images(tmp_path, files)
+    for o in files:
+        if bad != 'v' or o.startswith('val'): (tmp_path/o).write_text('version https://git-lfs.github.com/spec/v1')
+    with pytest.raises(ValueError, match=says): get_dls(tmp_path, size=16, valid_pct=valid_pct, num_workers=0)
+
 @pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tif', 'bmp'])
 def test_truncated_files(ending, tmp_path):
     file = tmp_path/f'x.{ending}'

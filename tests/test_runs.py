@@ -8,7 +8,7 @@ from fastai.vision.all import Callback, Optimizer, first, plt, risinstance, set_
 from conftest import make_images, needs_timm
 from resizer_fastai import compare, train
 from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
-from resizer_fastai.learner import FiniteLoss, FusedAdamW, ResizerClassifier
+from resizer_fastai.learner import Autocast, FiniteLoss, FusedAdamW, ResizerClassifier
 from resizer_fastai.show import Film, resized_views
 from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, read_run, recipe_learner, resizer_train
 
@@ -81,6 +81,17 @@ def test_any_epoch_of_either_recipe(tmp_path, pretrained, at, ema, opt, schedule
     assert metrics(tmp_path/'broken') == metrics(tmp_path/'whole') and len(metrics(tmp_path/'whole')) == 3
     for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True): assert torch.equal(a, b)
 
+@pytest.mark.parametrize('pretrained,at', [(False, 2), (True, 1), (True, 2)])
+def test_the_scale_of_gradients_goes_on(tmp_path, monkeypatch, pretrained, at):
+    "In float16, which scales them: the fit after the frozen epoch begins with a scale of its own"
+    monkeypatch.setattr(train, 'precision_cbs', lambda *args: [Autocast(torch.float16, init_scale=2.**18)])
+    whole, broken = learner(tmp_path/'whole'), learner(tmp_path/'broken', Stop(at))
+    fit(whole, pretrained)
+    with pytest.raises(KeyboardInterrupt): fit(broken, pretrained)
+    again = learner(tmp_path/'broken')
+    fit(again, pretrained, again.checkpoint.load())
+    assert metrics(tmp_path/'broken') == metrics(tmp_path/'whole')
+
 @pytest.mark.parametrize('optim', [None, ModuleType('timm.optim')])
 def test_muon_wants_timm(tmp_path, monkeypatch, optim):
     "Where it is missing, or too old to have muon, a run says so before anything is made"
@@ -146,6 +157,17 @@ def test_start_from_another_run(tmp_path, monkeypatch, capsys, no_pictures):
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(vocab=list('abcdefghij'))))
     with pytest.raises(UsageError, match='has other classes: a, b'): recipe_learner(**train._recipe_options(args | dict(seed=1)))
 
+def test_what_was_trained_on_is_not_validated_on(tmp_path, no_pictures):
+    "A run cannot start from one that was trained on images which it is validated on"
+    data = make_images(tmp_path/'data', [f'{c}/{i}.png' for c in 'ab' for i in range(10)])
+    def args(name, **kwargs): return small | dict(data=data, limit=None, bs=4, valid_pct=0.5, epochs=1, runs=tmp_path, name=name) | kwargs
+    whole, part = [resizer_train(**args(f'base-{o}', tune=o), resizer='bilinear').path for o in (False, True)]
+    for o, says in (dict(start=whole, tune=True), 'was trained on images that tune validates on'), (dict(start=whole, data=f'{data}/', valid_pct=0.3), 'was trained with valid_pct 0.5, .* with 0.3'):
+        with pytest.raises(UsageError, match=says): resizer_train(**args('r', **o))
+        with pytest.raises(UsageError, match=says): compare.resizer_compare('bilinear,learned', **args('c', **o))
+    assert not (tmp_path/'r').exists() and not (tmp_path/'c').exists()
+    for tune in (True, False): assert set(resizer_train(**args(f'r-{tune}', start=part, tune=tune)).dls.valid_ds.items).isdisjoint(train.load_run(part).dls.train_ds.items)
+
 def test_the_run_to_start_from_is_trained_anew(tmp_path, capsys, no_pictures):
     "What had started from it is run afresh, and what was brought together from both is no comparison"
     def base(lr): return resizer_train(**small | dict(resizer='bilinear'), epochs=1, lr=lr, runs=tmp_path/'base').path
@@ -173,6 +195,7 @@ def test_what_cannot_go_on(tmp_path, capsys, monkeypatch, no_pictures):
     again = resizer_train(**args, resume=True)
     assert 'finished before' in capsys.readouterr().out and {p: p.stat().st_mtime_ns for p in path.rglob('*')} == stamps
     assert again.path == path
+    assert resizer_train(**args | dict(data=f'{tmp_path}/./data/'), resume=True).path == path   # the same folder
     with pytest.raises(UsageError, match='was started with epochs 1, now 2; lr 0.003, now 0.001'): resizer_train(**args | dict(epochs=2, lr=1e-3), resume=True)
     (path/'checkpoint').mkdir()
     resizer_train(**args, resume=True)   # killed while its checkpoint was removed
@@ -183,6 +206,9 @@ def test_what_cannot_go_on(tmp_path, capsys, monkeypatch, no_pictures):
     with pytest.raises(UsageError, match=f'was started in {precision}, and would go on in another one'): resizer_train(**args, resume=True)
     make_images(data, ['a/9.png'])
     with pytest.raises(UsageError, match='images of .* have changed'): resizer_train(**args, resume=True)
+    with pytest.warns(UserWarning, match='have changed since .* was made: it may be validated on'): train.load_run(path)
+    make_images(data, ['aa/0.png', 'aa/1.png'])
+    with pytest.raises(UsageError, match='has other classes than .*: a, b; a, aa, b'): train.load_run(path)
 
 def test_settings_are_part_of_the_run(tmp_path, monkeypatch, no_pictures):
     "Arguments of the resizer, its rate, clipping, how the body begins, a split to choose them on: in the command, in the training, and when the run is taken up again"
@@ -245,6 +271,11 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path, monkeypatch, no_
     (root/'sample-resnet18-learned-1.old-1').rename(root/'sample-resnet18-learned-1')
     (root/'photos.old-2-resnet18-learned-0').rename(root/'sample-resnet18-learned-0')
     assert side_by_side == ['sample-resnet18-learned-1', 'sample-resnet18-bilinear-1']
+    shutil.copytree(root/'sample-resnet18-learned-1', root/'sample-resnet18-learned-2024')
+    file = root/'sample-resnet18-learned-2024'/'run.json'
+    file.write_text(file.read_text().replace('"seed": 1', '"seed": 2024'))
+    with pytest.raises(UsageError, match='from 0 to 999: got sample-resnet18-learned-2024'): compare.resizer_compare(**args, collect=True)
+    shutil.rmtree(file.parent)
     resizer_train(**small, epochs=2, seed=2, runs=root)
     with pytest.raises(UsageError, match='sample-resnet18-learned-2 has other options than'): compare.resizer_compare(**args, collect=True)
     with pytest.raises(UsageError, match='no finished run'): compare.resizer_compare(**args | dict(name='none'), collect=True)
@@ -403,7 +434,9 @@ def test_a_mistake_costs_no_cell(tmp_path, no_pictures):
     compare.resizer_compare(**args)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'c').rglob('*')}
     for o in (dict(bs=0), dict(precision='fp8'), dict(cache='x'), dict(limit=0), dict(opt='x'), dict(noisy=3), dict(workers=-1), dict(ema=2.), dict(start='nowhere'), dict(lr=-1.), dict(lr=float('nan')),
-              dict(clip=-1.), dict(lr_mult=-1.), dict(epochs=0), dict(arms='learned,bilinear+kernels=4'), dict(arms='learned,learned+kernels=4'), dict(arms='learned', start=tmp_path/'{seed}')):
+              dict(clip=-1.), dict(lr_mult=-1.), dict(epochs=0), dict(arms='learned,bilinear+kernels=4'), dict(arms='learned,learned+kernels=4'), dict(arms='learned', start=tmp_path/'{seed}'),
+              dict(arms='learned,muller+kernel_size=4'), dict(arms='learned,muller+sigma=0'), dict(arms='learned,learned+num_resblocks=-1'), dict(arms='learned,learned+num_kernels=0'),
+              dict(arms='learned,learned+skip_mode=unshuffle+out_channels=12', out=20), dict(arms='none,learned', arch='squeezenet1_1', out=4), dict(seed=3), dict(resizer='none'), dict(epoch=3)):
         with pytest.raises(UsageError): compare.resizer_compare(**args | o)
         assert {p: p.stat().st_mtime_ns for p in (tmp_path/'c').rglob('*')} == stamps, o
     with pytest.raises(UsageError, match='epochs is 1 or more'): compare.resizer_compare(**args | dict(epochs=0), dry_run=True)

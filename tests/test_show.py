@@ -106,6 +106,11 @@ def test_film_of_what_happens_in_between(tmp_path):
     fit(l, 1, 1e-3)
     assert {f.shape[-1] for f in l.film.frames} == {12}
     l.plot_film(n=1)
+    assert len(l.film.frames) == 2   # before and after
+    l.resizer = 'muller'
+    fit(l, 1, 1e-3)
+    fit(l, 1, 1e-3)
+    assert len(l.film.frames) == 3
     l.path = tmp_path
     l.export('e.pkl')
     assert load_learner(tmp_path/'e.pkl').film.frames == []
