@@ -125,12 +125,15 @@ def step_memory(
     return sum(v for k,v in saved.items() if k not in known)
 
 # %% ../nbs/07_bench.ipynb #2259e2ca
+def _now(device):
+    "Seconds on a clock, when `device` has done what it was given"
+    if device.type!='cpu': torch.accelerator.synchronize()
+    return time.perf_counter()
+
 def _seconds(f, device, steps=1):
-    if device.type=='cuda': torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = _now(device)
     for _ in range(steps): f()
-    if device.type=='cuda': torch.cuda.synchronize()
-    return (time.perf_counter()-start)/steps
+    return (_now(device)-start)/steps
 
 def take_turns(
     fs:dict, # Name -> function
@@ -439,11 +442,8 @@ class _TrainSeconds(Callback):
     "Time the training part of each epoch, and leave out the other"
     order = MixedPrecision.order-10
     def __init__(self): self.seconds = []
-    def _now(self):
-        if default_device().type=='cuda': torch.cuda.synchronize()
-        return time.perf_counter()
-    def before_train(self): self.start = self._now()
-    def after_train(self): self.seconds.append(self._now()-self.start)
+    def before_train(self): self.start = _now(self.dls.device)
+    def after_train(self): self.seconds.append(_now(self.dls.device)-self.start)
     def before_validate(self): raise CancelValidException
 
 def bench_epochs(
@@ -525,7 +525,7 @@ def _epoch(dl, size, look=noop):
     for x,y in dl:
         n += len(x)
         look()
-    if x.is_cuda: torch.cuda.synchronize()
+    _now(x.device)
     if x.dtype!=torch.float32 or x.shape[1:]!=(3,*size) or x.min()>=0: raise RuntimeError(f'no normalised batch of {size}: {x.dtype}, {x.shape}')
     return n
 

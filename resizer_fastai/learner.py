@@ -31,7 +31,7 @@ def body_names():
 # %% ../nbs/02_learner.ipynb #355da214
 def _timm():
     try: import timm
-    except ImportError: raise UsageError('bodies of timm need timm: pip install "resizer_fastai[timm]"') from None
+    except ImportError: raise UsageError('bodies of timm need timm: pip install timm') from None
     return timm
 
 def get_body(
@@ -70,6 +70,8 @@ def body_stats(
 def _make_model(arch, pretrained, weights=None, **kwargs):
     "The whole model behind `arch`; `kwargs` are for timm"
     make = get_body(arch)
+    if pretrained and getattr(make, '__module__', None)==models.xresnet.__name__ and make is not models.xresnet.xresnet50:
+        raise UsageError(f'there are no pretrained weights of {_name(arch)}: of the xresnets only xresnet50 has them')
     if getattr(make, '__module__', '').startswith('torchvision.'): kwargs = dict(weights=ifnone(weights, 'DEFAULT') if pretrained else None)
     else: kwargs['pretrained'] = pretrained
     try: return make(**kwargs)
@@ -178,7 +180,7 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         if resizer=='learned': resizer_args = dict(in_channels=n_in, out_channels=n_in) | resizer_args
         self.resizer = resizer if isinstance(resizer, nn.Module) else make_resizer(resizer, size, **resizer_args)
         self.body,self.head = joint
-        self.arch,self.autocast,self.averaging = get_body(arch),None,None
+        self.arch,self.autocast_dtype,self.averaging = get_body(arch),None,None
         self.register_load_state_dict_pre_hook(_take_average)
         stat = lambda o,default: tensor(default if o is None else o, dtype=torch.float).view(-1,1,1)
         self.register_buffer('mean', stat(mean, [0.]), persistent=False)
@@ -192,12 +194,13 @@ class ResizerClassifier(nn.Module, PyTorchModelHubMixin, library_name='resizer_f
         self.read,self.vocab = ReadImage(input_size, resize, **({} if background is None else dict(background=background))),vocab
         self._hub_mixin_config |= dict(input_size=input_size, resize=resize, background=background, vocab=vocab)
 
+    def __getstate__(self): return super().__getstate__() | dict(averaging=None)   # nobody averages a copy
     def __call__(self, x): return super().__call__(x.as_subclass(Tensor) if isinstance(x, TensorBase) else x)   # fastai's tensors stay outside of what may be compiled or exported
 
     def forward(self,
         x:Tensor, # Normalised images, shape (B, n_in, H, W)
     ) -> Tensor: # Logits, shape (B, n_out)
-        dtype,self.autocast = self.autocast,None   # asked for batch by batch, so that nothing stays on
+        dtype,self.autocast_dtype = self.autocast_dtype,None   # asked for batch by batch, so that nothing stays on
         with torch.autocast(x.device.type, dtype) if dtype else nullcontext():
             return self.head(self.body(self.resizer(x)))
 
@@ -268,6 +271,7 @@ def predict(self:ResizerClassifier,
 ) -> tuple: # Names of the classes (or None without `vocab`), their indices, and probabilities of shape (N, n_out)
     "Classify raw images in evaluation mode"
     images = images if isinstance(images, (list,tuple,L)) else [images]
+    if not len(images): raise ValueError('there are no images to classify')
     with evaluating(self): probs = torch.cat([self(self.read_batch(b)).float().softmax(1).cpu() for b in chunked(images, bs)])
     idxs = probs.argmax(1)
     return [self.vocab[i] for i in idxs] if self.vocab else None, idxs, probs
@@ -308,7 +312,7 @@ class HalvedOptimizer(OptimWrapper):
     def param_lists(self): return [a['params']+b['params'] for a,b in zip(self.opt.param_groups[::2], self.opt.param_groups[1::2])]
     @property
     def hypers(self):
-        return [_Hypers(self, i, {k:h[k] for k in ('lr','mom','sqr_mom','eps','wd')}) for i,h in enumerate(super().hypers[::2])]
+        return [_Hypers(self, i, {k:h[k] for k in ('lr','mom','sqr_mom','eps','wd') if k in h}) for i,h in enumerate(super().hypers[::2])]
     def _set_hyper(self, k, v): super()._set_hyper(k, [o for v_ in v for o in (v_, 0. if k=='wd' else v_)])
 
 class FusedAdamW(HalvedOptimizer):
@@ -339,7 +343,7 @@ class Muon(HalvedOptimizer):
 def timm_muon() -> type:
     "timm's `Muon`, or one sentence that says what is missing"
     try: from timm.optim import Muon
-    except ImportError: raise UsageError('muon needs timm 1.0.21 or newer: pip install -U "resizer_fastai[timm]"') from None
+    except ImportError: raise UsageError('muon needs timm 1.0.21 or newer: pip install -U timm') from None
     return Muon
 
 
@@ -354,10 +358,11 @@ class Autocast(MixedPrecision):
     ):
         self.dtype,self.kwargs = dtype,kwargs
     def before_fit(self):
+        if len(self.learn._grab_cbs(MixedPrecision))>1: raise UsageError('Autocast stands in for to_fp16 and to_bf16: leave those out, and call to_channelslast(use_amp=False)')
         self.learn.scaler,self.scales = GradScaler(_device_type(self.dls), enabled=self.dtype==torch.float16, **self.kwargs),L()
-    def before_batch(self): get_model(self.model).autocast = self.dtype
+    def before_batch(self): get_model(self.model).autocast_dtype = self.dtype
     def after_pred(self):
-        get_model(self.model).autocast = None   # where copies of the model have taken it
+        get_model(self.model).autocast_dtype = None   # where copies of the model have taken it
         super().after_pred()
     def after_loss(self): pass
     def after_fit(self): self.learn.scaler,self.scales = None,None
@@ -484,15 +489,22 @@ class ResizerLR(Callback):
             for p,slow in zip(ps, _slow_weights(self.opt, ps)): slow.copy_(p)
 
 # %% ../nbs/02_learner.ipynb #53f111db
+class _Hook:
+    "Calls `f`; its copies, which a copied or pickled model has, do nothing"
+    def __init__(self, f=None): self.f = f
+    def __call__(self, *args): return self.f and self.f(*args)
+    def __reduce__(self): return _Hook,()
+
 class EMACallback(Callback):
     "Average the weights over the steps, validate with the average, and end with it; what is saved meanwhile holds both"
     order = SaveModelCallback.order+10   # which loads its best, both of them, before this one ends
     def __init__(self,
         decay:float=0.999, # Share of the average that each step keeps, in the end; less in the first steps
     ):
+        if not 0<decay<1: raise ValueError(f'decay is between 0 and 1: got {decay}')
         self.decay,self.average,self.shown,self.validations,self.hooks = decay,None,False,0,[]
 
-    def __getstate__(self): return vars(self) | dict(learn=None, average=None, shown=False, validations=0, hooks=[])   # a model is copied and pickled with what it calls, which is this
+    def __getstate__(self): return vars(self) | dict(average=None, shown=False, validations=0, hooks=[])   # without the weights that train
 
     def before_fit(self): self._end()   # where the last fit was interrupted
     def before_train(self):   # `get_preds` and `validate` call before_fit as well
@@ -503,9 +515,10 @@ class EMACallback(Callback):
         if self.average is not None: return
         m = get_model(self.model)
         self.average = AveragedModel(m, multi_avg_fn=self._update, use_buffers=True)
-        self.hooks,m.averaging = [m.register_load_state_dict_pre_hook(self._load)],self
+        self.hooks,m.averaging = [m.register_load_state_dict_pre_hook(_Hook(self._load))],self
 
-    def _update(self, averages, current, _):
+    def _update(self, averages, current, _):   # of one dtype
+        if not averages[0].is_floating_point(): return torch._foreach_copy_(averages, current)   # indices, counts
         n = self.average.n_averaged.item()
         get_ema_multi_avg_fn(min(self.decay, (1+n)/(10+n)))(averages, current, n)
     def _fits(self): return self.learn and any(f.f_code is Learner.fit.__code__ for f,_ in traceback.walk_stack(None))
@@ -545,7 +558,7 @@ class EMACallback(Callback):
         self.validations = max(0, self.validations-1)
         if self.validations>0: return   # predictions that another callback wants meanwhile
         self._show(False)
-        if self.average is not None: self.hooks.append(get_model(self.model).register_state_dict_post_hook(partial(self._save)))   # which sets an attribute
+        if self.average is not None: self.hooks.append(get_model(self.model).register_state_dict_post_hook(_Hook(self._save)))
     def after_fit(self):
         self._show(True)
         self.shown = False   # for good
@@ -558,6 +571,7 @@ class RecalibrateBN(Callback):
     def __init__(self,
         n:int=16 # Training batches to measure on
     ):
+        if n<1: raise ValueError(f'n is a number of batches, 1 or more: got {n}')
         self.n,self.norms = n,[]
     def before_fit(self): self.norms = []   # `validate` and `get_preds` call it, too
     def after_train(self): self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]   # not the frozen ones
@@ -613,6 +627,11 @@ def _stats(model): return dict(mean=model.mean.flatten().tolist(), std=model.std
 
 def _check_resizer_stats(model, resizer): _check_stats(_stats(model), getattr(resizer, 'mean', None), getattr(resizer, 'std', None), 'this resizer')
 
+def _resizer_lr(resizer, lr_mult, pretrained):
+    "What trains `resizer` at `lr_mult` times its group's rate; by default a `Resizer` in front of pretrained weights at a hundredth"
+    mult = ifnone(lr_mult, 0.01 if pretrained and isinstance(resizer, Resizer) else 1)
+    return [ResizerLR(mult)] if mult!=1 else []
+
 def _check_fit(model, size):
     "Raise unless an image passes the model from end to end"
     with torch.no_grad(), evaluating(model):
@@ -632,8 +651,8 @@ class ResizerLearner(Learner):
 
     def _fit_to(self, dls):
         "Normalise `dls` as the images before, and have the model read images as `dls` does"
-        m,was,c,reading = get_model(self.model),get_c(self.dls),get_c(dls),_reading(dls)
-        if c!=was: raise UsageError(f'the model tells {was} classes apart, and these images have {c}')
+        m,c,reading = get_model(self.model),get_c(dls),_reading(dls)
+        if c and c!=self.n_out: raise UsageError(f'the model tells {self.n_out} classes apart, and these images have {c}')
         _check_fit(m, reading['input_size'])
         if _normalize(self.dls): _add_normalize(dls, **_stats(m))
         if norm := _normalize(dls): _check_stats(_stats(norm), **_stats(m), whose='this model')
@@ -686,14 +705,13 @@ def resizer_learner(
     _check_fit(model, model.read.size)
     if pretrained: _check_stats(used, *stats, f'the weights of {_name(arch)}')
     _check_resizer_stats(model, model.resizer)
-    lr_mult = ifnone(lr_mult, 0.01 if pretrained and isinstance(model.resizer, Resizer) else 1)
-    if lr_mult!=1: cbs = L(cbs) + ResizerLR(lr_mult)
-    learn = ResizerLearner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=cbs, metrics=metrics, path=ifnone(path, Path()),
+    model.to(ifnone(getattr(dls, 'device', None), 'cpu'))   # PyTorch's optimizers load their state to where the parameters are
+    learn = ResizerLearner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=L(cbs)+_resizer_lr(model.resizer, lr_mult, pretrained), metrics=metrics, path=ifnone(path, Path()),
                            splitter=ifnone(splitter, partial(joint_split, split=model_meta.get(model.arch, {}).get('split', default_split))), model_dir=model_dir, wd=wd,
                            wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)
     if pretrained: learn.freeze()
     if compile: compile_model(model, ifnone(getattr(dls, 'device', None), 'cpu'))
-    store_attr('arch,normalize,n_out,pretrained', self=learn)
+    store_attr('arch,normalize,n_out,pretrained,lr_mult', self=learn)
     return learn
 
 # %% ../nbs/02_learner.ipynb #387c6ef1
@@ -702,7 +720,9 @@ def save_pretrained(self:Learner,
     path:str|Path, # Folder to write `config.json` and `model.safetensors` to
     **kwargs
 ):
-    "Save the model of `resizer_learner` without pickle, for `ResizerClassifier.from_pretrained`"
+    "Save the model of `resizer_learner` without pickle, for `ResizerClassifier.from_pretrained`; one of another loss than those of one class an image has to be exported"
+    x = tensor([[0.,1.,2.]])
+    if not torch.allclose(getattr(self.loss_func, 'activation', partial(F.softmax, dim=1))(x), x.softmax(1)): raise UsageError(f'predict of a saved model gives probabilities of one class an image, which {type(self.loss_func).__name__} has not: use learn.export')
     return self.model.save_pretrained(path, **kwargs)
 
 # %% ../nbs/02_learner.ipynb #cd08f157
@@ -718,7 +738,9 @@ def resizer(self:Learner,
     resizer = make_resizer(resizer, size, **more) if isinstance(resizer, str) else deepcopy(resizer)
     _check_resizer_stats(m, resizer)
     m.set_resizer(resizer.to(one_param(m).device))
-    if more.get('zero_init') and not self._grab_cbs(ResizerLR): self.add_cb(ResizerLR(0.01))
+    if getattr(self, 'pretrained', False) and self.lr_mult is None:   # it depends on the resizer
+        self.remove_cbs(self._grab_cbs(ResizerLR))
+        self.add_cbs(_resizer_lr(resizer, None, True))
     self.create_opt()
     self.opt.freeze_to(frozen)
 

@@ -428,7 +428,7 @@ class Resizer(nn.Module):
         antialias:bool=False, # Antialias both resizes; for bilinear and bicubic
         zero_init:bool=False, # Start the last convolution at zero, so that training starts from the plain resize
         norm:str='batch', # 'batch' as in the paper; 'group' (of 4 groups) and 'none' keep no running statistics
-        recompute:bool=True, # In the backward pass, make maps again that are a norm, an activation, a sum or the stem's second convolution away from a kept one: the same result in less memory, but for gradients of gradients, which want False
+        recompute:bool=True, # In the backward pass, make maps again that are a norm, an activation, a sum or the stem's second convolution away from a kept one: the same result in less memory, but for gradients of gradients and `torch.func`, which want False
         skip_mode:str='resize', # What the detail is added to: 'resize', the resized image, or 'unshuffle', all its pixels in k² times the channels, 1/k the size
         inplace:bool=True, # Activations overwrite what comes in; the same result in less memory
         halve:bool=True, # As for `FixedResizer`, in both resizes

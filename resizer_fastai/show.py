@@ -528,7 +528,7 @@ def explore(
 ): # A box of widgets
     "Leaf through the validation set in Jupyter: input, bilinear and resized image, and what the body says to either, as the model is when an image is first seen"
     try: import ipywidgets as w
-    except ImportError: raise UsageError('explore needs ipywidgets: pip install "resizer_fastai[explore]"') from None
+    except ImportError: raise UsageError('explore needs ipywidgets: pip install ipywidgets') from None
     places = _pick(learn.dls, len(learn.dls.valid_ds))
     known = lru_cache(64)(partial(_explored, learn))
     names = {str(c): o for c,o in places.items()}

@@ -310,9 +310,12 @@ def _sizes(args):
 def _as_drawn(module):
     "Compute the layers of `module` as they are written down"
     quick = [(m,k) for m in module.modules() for cls,k in ((SubpixelConv2d,'subpixel'), (FixedResizer,'halve')) if isinstance(m, cls) and getattr(m, k)]
+    fast = torch.backends.mha.get_fastpath_enabled()   # attention in one step, which is not counted
+    torch.backends.mha.set_fastpath_enabled(False)
     for m,k in quick: setattr(m, k, False)
     try: yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for m,k in quick: setattr(m, k, True)
 
 def multiply_adds(

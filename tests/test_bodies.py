@@ -2,9 +2,10 @@
 import sys, urllib.error
 import pytest, torch
 from fastai.vision.all import Normalize, ProgressCallback, noop, params
-from torchvision.models import VisionTransformer, googlenet
+from torchvision.models import ViT_B_32_Weights, VisionTransformer, googlenet
 from resizer_fastai.data import UsageError, get_dls
 from resizer_fastai.learner import Autocast, ResizerClassifier, ResizerLR, body_stats, get_body, make_body, resizer_learner
+from resizer_fastai.train import multiply_adds
 
 def vit(pretrained=False): return VisionTransformer(224, 32, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64)
 
@@ -61,6 +62,15 @@ def test_a_body_with_channels_last_in_its_features():
     body, features, pool = make_body('timm/swin_tiny_patch4_window7_224')
     assert pool and body(torch.rand(1, 3, 224, 224)).shape == (1, features, 7, 7)
 
+def test_attention_is_counted():
+    "As torchvision counts it"
+    assert multiply_adds(get_body('vit_b_32')(), (3, 224, 224))/1e9 == pytest.approx(ViT_B_32_Weights.DEFAULT.meta['_ops'], rel=0.01)
+
+@pytest.mark.parametrize('arch', ['xresnet18', 'xresnet101', 'xresnet50_deep'])
+def test_there_are_weights_of_one_xresnet_only(arch):
+    "fastai would load what fits of xresnet50's, and leave the rest random"
+    with pytest.raises(UsageError, match=f'no pretrained weights of {arch}'): make_body(arch, pretrained=True)
+
 @pytest.mark.parametrize('arch,mean', [('resnet18', 0.485), ('efficientnet_v2_l', 0.5), ('timm/resnet18', 0.485), ('timm/vit_tiny_patch16_224', 0.5)])
 def test_statistics_belong_to_the_weights(arch, mean):
     if arch.startswith('timm/'): pytest.importorskip('timm')
@@ -106,7 +116,7 @@ def test_no_weights_to_be_had(where, arch, tmp_path, monkeypatch):
 
 def test_timm_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
-    with pytest.raises(UsageError, match=r'pip install "resizer_fastai\[timm\]"'): get_body('timm/resnet18')
+    with pytest.raises(UsageError, match='pip install timm'): get_body('timm/resnet18')
 
 @pytest.mark.parametrize('arch', ['timm/resnet5', 'timm/resnet18.no_such_tag', 'os.system', 'timm.create_model'])
 def test_unknown_names(arch):

@@ -4,14 +4,14 @@ from copy import deepcopy
 from functools import partial
 from types import ModuleType
 import numpy as np, pytest, torch, torch.nn.functional as F
-from fastai.vision.all import (Adam, Callback, CancelEpochException, CancelFitException, CancelStepException, CancelValidException, CategoryBlock, ClassificationInterpretation, CrossEntropyLossFlat, CutMix, DataBlock,
+from fastai.vision.all import (Adam, BCEWithLogitsLossFlat, Callback, CancelEpochException, CancelFitException, CancelStepException, CancelValidException, CategoryBlock, ClassificationInterpretation, CrossEntropyLossFlat, CutMix, DataBlock,
     DataLoaders, EarlyStoppingCallback, FetchPredsCallback, FocalLossFlat, GradientAccumulation, GradientClip, GrandparentSplitter, ImageBlock, IndexSplitter, MixUp, Normalize,
     OptimWrapper, PILImage, PILImageBW, ProgressCallback, ReduceLROnPlateau, Resize, SGD, SaveModelCallback, Tensor, TransformBlock, ValueMetric, accuracy,
     error_rate, imagenet_stats, load_learner, nn, noop, params, parent_label, plt, ranger, resnet18, set_seed, tensor)
 from safetensors.torch import load_file, save_file
 from conftest import needs_timm
 from resizer_fastai.data import UsageError, get_dls, get_path, image_files, read_image
-from resizer_fastai.learner import (Autocast, EMACallback, FiniteLoss, Frozen, FusedAdamW, Muon, NonFiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR,
+from resizer_fastai.learner import (Autocast, EMACallback, FiniteLoss, Frozen, FusedAdamW, HalvedOptimizer, Muon, NonFiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR,
     resizer_learner)
 from resizer_fastai.resizer import FixedResizer, Resizer, load_resizer
 from resizer_fastai.show import Film
@@ -194,10 +194,20 @@ def test_mixed_precision_of_fastai_on_the_cpu(name, make):
     assert hasattr(learn, 'mixed_precision')
     dtypes = []
     learn.model.body[0].register_forward_hook(lambda m, inp, out: dtypes.append(out.dtype))
-    assert moved_by(learn, 1e-2) >= filters(learn)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        assert moved_by(learn, 1e-2) >= filters(learn)
+    assert not [o for o in said if 'shadowing' in str(o.message)]
     preds, _ = learn.get_preds()
     assert preds.dtype == torch.float32 and torch.allclose(preds.sum(1), torch.ones(20))
     assert set(dtypes) == {torch.float32}
+
+@pytest.mark.parametrize('name', ['to_fp16', 'to_bf16', 'to_channelslast'])
+def test_one_precision_at_a_time(name, make):
+    learn = make(cbs=Autocast())
+    getattr(learn, name)()
+    with pytest.raises(UsageError, match='Autocast stands in for to_fp16 and to_bf16'): learn.fit(1)
+    make(cbs=Autocast()).to_channelslast(use_amp=False).fit(1)
 
 def test_channels_last(make):
     "Filters lie channels last, and give what they gave before."
@@ -594,7 +604,7 @@ def test_an_interrupted_learner_goes_on(where, make):
     assert not torch.is_autocast_enabled('cpu')
     preds, targs = learn.get_preds()
     assert preds.dtype == torch.float32 and targs.tolist() == cats(learn.dls)
-    assert learn.model.autocast is None
+    assert learn.model.autocast_dtype is None
     dtypes = []
     learn.model.body[0].register_forward_hook(lambda m, inp, out: dtypes.append(out.dtype))
     assert moved_by(learn, 1e-2) >= filters(learn) and len(learn.recorder.values) == 1
@@ -626,6 +636,13 @@ def test_average_is_what_it_says(make):
     for n, w in enumerate(steps.seen[1:], 1): wanted = torch.lerp(w, wanted, min(0.3, (1+n)/(10+n)))
     torch.testing.assert_close(learn.resizer.out.weight.detach(), wanted, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(wanted, steps.seen[-1])
+
+def test_indices_are_not_averaged(make):
+    "Buffers of whole numbers, such as the places of a transformer's biases"
+    learn = make(cut=5, cbs=EMACallback(0.9))
+    learn.model.body.register_buffer('index', torch.arange(1000))
+    learn.fit(8, 1e-3)
+    assert torch.equal(learn.model.body.index, torch.arange(1000))
 
 def test_average_survives_an_interruption(make):
     "Ctrl-C in validation, when the average is in the model: the next fit starts from the weights."
@@ -723,7 +740,29 @@ def test_a_new_learned_resizer_starts_as_in_the_learner(make, monkeypatch):
     for pretrained in (True, False):
         learn = make(resizer='bilinear', pretrained=pretrained)
         learn.resizer = 'learned'
-        assert learn.resizer.zero_init == pretrained and [o.mult for o in learn._grab_cbs(ResizerLR)] == [0.01]*pretrained
+        def rates(): return [o.mult for o in learn._grab_cbs(ResizerLR)]
+        assert learn.resizer.zero_init == pretrained and rates() == [0.01]*pretrained
+        learn.resizer = 'muller'
+        assert rates() == []
+        learn.resizer = Resizer(32)
+        assert rates() == [0.01]*pretrained
+        learn = make(resizer='bilinear', pretrained=pretrained, lr_mult=0.5)
+        learn.resizer = 'learned'
+        assert rates() == [0.5]
+
+def test_a_saved_model_tells_one_class_an_image(make, tmp_path):
+    "Of a loss that has other probabilities it is not saved, as `predict` would give wrong ones."
+    with pytest.raises(UsageError, match='BCEWithLogitsLossFlat has not: use learn.export'): make(loss_func=BCEWithLogitsLossFlat()).save_pretrained(tmp_path/'m')
+    assert not (tmp_path/'m').exists()
+    for o in (FocalLossFlat(), nn.CrossEntropyLoss()): make(loss_func=o).save_pretrained(tmp_path/'m')
+
+@pytest.mark.parametrize('f', [lambda: EMACallback(99.9), lambda: RecalibrateBN(0), lambda: ResizerClassifier('resnet18', 2, size=32, input_size=64).predict([])])
+def test_what_makes_no_sense_is_refused(f):
+    with pytest.raises(ValueError, match='decay is between|n is a number of batches|no images to classify'): f()
+
+def test_an_optimizer_without_every_hyper_parameter():
+    opt = HalvedOptimizer([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], partial(torch.optim.SGD, momentum=0.9), lr=0.1, wd=0.5)
+    assert [dict(h) for h in opt.hypers] == [dict(lr=0.1, mom=0.9, wd=0.5)]
 
 def test_pretrained_weights_know_no_unshuffled_pixels():
     with pytest.raises(UsageError, match='skip_mode=unshuffle are none that pretrained weights know'):

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, Optimizer, first, plt, risinstance, set_seed
-from conftest import make_images, needs_timm
+from conftest import make_images, needs_timm, repo
 from resizer_fastai import compare, train
 from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
 from resizer_fastai.learner import Autocast, FiniteLoss, FusedAdamW, ResizerClassifier
@@ -279,6 +279,13 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path, monkeypatch, no_
     resizer_train(**small, epochs=2, seed=2, runs=root)
     with pytest.raises(UsageError, match='sample-resnet18-learned-2 has other options than'): compare.resizer_compare(**args, collect=True)
     with pytest.raises(UsageError, match='no finished run'): compare.resizer_compare(**args | dict(name='none'), collect=True)
+
+@pytest.mark.parametrize('name', sorted(o.name for o in (repo/'results'/'cells').glob('*')))
+def test_a_table_is_what_its_runs_say(tmp_path, name):
+    "Those of `results/` whose runs lie there, too, without weights and pages"
+    shutil.copytree(repo/'results'/'cells'/name, tmp_path/name)
+    compare.resizer_compare(runs=tmp_path, name=name, collect=True)
+    for made, kept in ('table.md', f'{name}.md'), ('runs.csv', f'{name}.csv'): assert (tmp_path/name/made).read_text() == (repo/'results'/kept).read_text()
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
