@@ -649,6 +649,10 @@ class ResizerLearner(Learner):
         if 'model' in vars(self) and len(dls.train): self._fit_to(dls)
         self._dls = dls
 
+    def create_opt(self):
+        self.model.to(ifnone(getattr(self.dls, 'device', None), 'cpu'))   # an optimizer of PyTorch loads its state to where the parameters are
+        super().create_opt()
+
     def _fit_to(self, dls):
         "Normalise `dls` as the images before, and have the model read images as `dls` does"
         m,c,reading = get_model(self.model),get_c(dls),_reading(dls)
@@ -705,7 +709,6 @@ def resizer_learner(
     _check_fit(model, model.read.size)
     if pretrained: _check_stats(used, *stats, f'the weights of {_name(arch)}')
     _check_resizer_stats(model, model.resizer)
-    model.to(ifnone(getattr(dls, 'device', None), 'cpu'))   # PyTorch's optimizers load their state to where the parameters are
     learn = ResizerLearner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=L(cbs)+_resizer_lr(model.resizer, lr_mult, pretrained), metrics=metrics, path=ifnone(path, Path()),
                            splitter=ifnone(splitter, partial(joint_split, split=model_meta.get(model.arch, {}).get('split', default_split))), model_dir=model_dir, wd=wd,
                            wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)

@@ -760,6 +760,12 @@ def test_a_saved_model_tells_one_class_an_image(make, tmp_path):
 def test_what_makes_no_sense_is_refused(f):
     with pytest.raises(ValueError, match='decay is between|n is a number of batches|no images to classify'): f()
 
+def test_the_model_is_where_it_trains_when_its_optimizer_is_made(make):
+    "Or what `learn.load` brings back would stay behind."
+    learn = make(get_dls('sample', size=64, bs=10, limit=20, num_workers=0, device='meta'))
+    learn.create_opt()
+    assert {p.device.type for g in learn.opt.opt.param_groups for p in g['params']} == {'meta'}
+
 def test_an_optimizer_without_every_hyper_parameter():
     opt = HalvedOptimizer([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], partial(torch.optim.SGD, momentum=0.9), lr=0.1, wd=0.5)
     assert [dict(h) for h in opt.hypers] == [dict(lr=0.1, mom=0.9, wd=0.5)]
