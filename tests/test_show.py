@@ -360,7 +360,7 @@ def test_explore_with_pixels_in_channels():
 
 def test_missing_ipywidgets_is_one_sentence(learn, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
-    with pytest.raises(UsageError, match=r'resizer_fastai\[explore\]'): explore(learn)
+    with pytest.raises(UsageError, match='pip install ipywidgets'): explore(learn)
 
 def test_the_template_is_installed(tmp_path):
     pytest.importorskip('setuptools')
