@@ -282,7 +282,7 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path, monkeypatch, no_
 
 @pytest.mark.parametrize('name', sorted(o.name for o in (repo/'results'/'cells').glob('*')))
 def test_a_table_is_what_its_runs_say(tmp_path, name):
-    "Those of `results/` whose runs lie there, too, without weights and pages"
+    "Those of `results/` whose runs lie there, too, without pages and the weights of the body"
     shutil.copytree(repo/'results'/'cells'/name, tmp_path/name)
     compare.resizer_compare(runs=tmp_path, name=name, collect=True)
     for made, kept in ('table.md', f'{name}.md'), ('runs.csv', f'{name}.csv'): assert (tmp_path/name/made).read_text() == (repo/'results'/kept).read_text()
