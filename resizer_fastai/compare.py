@@ -72,7 +72,7 @@ def arm_and_seed(
     return ('again', seed-1000) if resizer=='bilinear' and seed>=1000 else (resizer, seed)
 
 # %% ../nbs/05_compare.ipynb #5e58ac85
-_defaults = {k:p.default for k,p in inspect.signature(resizer_train).parameters.items() if k not in ('name','runs','resume','debug')}
+_defaults = {k:p.default for k,p in inspect.signature(resizer_train).parameters.items() if k not in ('name','runs','resume','afresh','debug')}
 
 def complete_options(
     **options # Of `resizer_train`
@@ -164,6 +164,7 @@ def results_table(
         rows.append(dict(arm=arm, seeds=len(runs), accuracy=np.mean(acc), sd=np.std(acc, ddof=1) if len(acc)>1 else math.nan,
                          **(difference(paths, cells[base]) if arm!=base else {}), parameters=runs[0]['parameters']['resizer'], multiply_adds=runs[0]['multiply_adds']['all'],
                          **{k: np.mean([r['metrics'][k] for r in runs]) for k in ('seconds','train_images_per_second','inference_images_per_second')},
+                         epoch_seconds=np.mean([pd.read_csv(p/'metrics.csv').seconds.median() for p in paths]),
                          peak_memory=max((o for r in runs if (o := r['metrics']['peak_memory'])), default=math.nan)))
     columns = ['arm','seeds','accuracy','sd','difference','low','high','image_low','image_high','pairs','smallest']
     return pd.DataFrame(rows, columns=columns + [k for k in rows[0] if k not in columns])
@@ -254,7 +255,7 @@ def explain_difference(
     if not row.pairs>0: return f'{row.arm} and {base.arm} have no seed in common.'
     over = f'over {row.pairs:.0f} seeds' if row.pairs>1 else f'over {n_valid} validation images of one seed'
     head = f'{row.arm} is {abs(row.difference):.1f} points {"above" if row.difference>=0 else "below"} {base.arm} ' \
-           f'(95 % interval {row.low:+.1f} to {row.high:+.1f}, paired {over}), at {row.seconds/base.seconds:.1f} times the training time: '
+           f'(95 % interval {row.low:+.1f} to {row.high:+.1f}, paired {over}), and an epoch takes {row.epoch_seconds/base.epoch_seconds:.1f} times as long: '
     could = '' if math.isnan(row.smallest) else f'; a true difference of {row.smallest:.1f} points would have been seen four times in five, if seeds always scatter as here'
     if row.pairs>1 and row.high-row.low<1e-9: return head + 'the seeds do not differ in it, so how far they scatter cannot be told.'
     if row.low<=0<=row.high: return head + f'the interval holds zero, so this comparison cannot tell them apart{could}.'
@@ -421,7 +422,7 @@ def _list(s, kind, what, such):
 
 # %% ../nbs/05_compare.ipynb #ffd1cad6
 @cli_command
-@delegates(resizer_train, but=['resizer','seed','resume'])
+@delegates(resizer_train, but=['resizer','seed','resume','afresh'])
 def resizer_compare(
     arms:str='bilinear,learned', # Resizers, with commas, as for resizer_train; again is bilinear with other seeds
     seeds:str='0', # Seeds, with commas; each arm is trained once with each
@@ -446,7 +447,7 @@ def resizer_compare(
     wanted = [(arm, complete_options(**dict(data=data, arch=arch, **cell_options(arm, seed)) | kwargs)) for seed in seeds for arm in arms]
     for _,o in wanted: check_options(o)
     if dry_run:
-        for _,o in wanted if not collect else []: print(f'{command_of(o)} --runs {shlex.quote(str(root))} --resume')
+        for _,o in wanted if not collect else []: print(f'{command_of(o)} --runs {shlex.quote(str(root))} --resume --afresh')
         return
     cells = collect_cells(root) if collect else {arm:[] for arm in arms}
     base = base or _default_base(cells)

@@ -165,7 +165,8 @@ class Checkpoint(Callback):
     def load(self) -> int: # Epochs that it holds
         "Go on from `last.pth` with the next `fit`, if there is one"
         if not self.file.exists(): return 0
-        s = torch.load(self.file, map_location='cpu', weights_only=False)   # our own file, and generators are no tensors
+        try: s = torch.load(self.file, map_location='cpu', weights_only=False)   # our own file, and generators are no tensors
+        except Exception as e: raise UsageError(f'{self.file} cannot be read, remove it and the run begins anew: {first(str(e).splitlines()) or type(e).__name__}') from e
         self.learn.model.load_state_dict(s['model'])
         for cb,values in s['gathered'].items(): vars(getattr(self.learn, cb)).update(values)
         self.state = s
@@ -449,7 +450,8 @@ def read_run(
     "The `run.json` of a run"
     try: run = json.loads((Path(path)/'run.json').read_text())
     except (OSError, ValueError): run = None
-    if not isinstance(run, dict) or not {'args','versions','metrics'}<=set(run): raise UsageError(f'{path} is no run of this project')
+    args = isinstance(run, dict) and {'versions','metrics'}<=set(run) and run.get('args')
+    if not isinstance(args, dict) or not {'data','resizer','seed'}<=set(args): raise UsageError(f'{path} is no run of this project')
     return run
 
 _unwritten = '.run.json.'   # begins the name of what a process that was killed leaves in place of its `run.json`
@@ -744,15 +746,17 @@ def resizer_train(
     name:str=None, # Name of the run; by default data-arch-resizer-seed
     runs:str='runs', # Folder of the run folders
     resume:bool=False, # Go on with a run that was interrupted, from its last whole epoch
+    afresh:bool=False, # With resume: keep a run that was started with other options or versions under another name, and begin anew
     debug:bool=False, # Show the traceback of an error
 ) -> Learner: # Trained; its `path` is the run folder
     "Train a resizer and a classifier together, and write a run folder"
     data,size,out,start = str(data),parse_size(size),parse_size(out),start and str(start)
-    args = {k:v for k,v in locals().items() if k not in ('resume','debug','name','runs')}
+    args = {k:v for k,v in locals().items() if k not in ('resume','afresh','debug','name','runs')}
     check_options(args)
     path = Path(runs)/(name or run_name(data, arch, resizer, seed))
+    if afresh and not resume: raise UsageError('afresh goes with resume')
     if path.exists() and not resume: raise UsageError(f'{path} exists: go on with it with --resume, give the run another --name, or remove that folder')
-    return train_run(path, args)
+    return train_run(path, args, afresh)
 
 # %% ../nbs/04_train.ipynb #e9cbf715
 def load_run(

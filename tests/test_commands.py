@@ -128,6 +128,10 @@ def test_a_line_a_cell_for_a_scheduler(shell, tmp_path):
     res = shell(*compare, '--collect')
     assert res.returncode == 0 and 'again is' in res.stdout and 'paired over 20 validation images of one seed' in res.stdout
     assert 'finished before' in shell(*shlex.split(lines[0])).stdout
+    line, _ = shell(*compare, '--lr', 1e-3, '--dry_run').stdout.strip().split('\n')
+    res = shell(*shlex.split(line))
+    assert res.returncode == 0 and 'was started with lr 0.003, now 0.001; moved to sample-resnet18-bilinear-0.old-1' in res.stdout
+    check_one_sentence(shell('resizer_train', '--data', 'sample', '--afresh'), 2, 'afresh goes with resume')
 
 def test_compare_removes_no_folder_but_its_own(shell, tmp_path):
     theirs = tmp_path/'runs'/'compare-sample-resnet18'/'sample-resnet18-bilinear-0'

@@ -5,12 +5,12 @@ from pathlib import Path
 from types import ModuleType
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, Optimizer, first, plt, risinstance, set_seed
-from conftest import make_images, needs_timm, repo
-from resizer_fastai import compare, train
+from conftest import make_images, needs_timm
+from resizer_fastai import __version__, compare, train
 from resizer_fastai.data import NormalizeInPlace, UsageError, get_path
 from resizer_fastai.learner import Autocast, FiniteLoss, FusedAdamW, ResizerClassifier
 from resizer_fastai.show import Film, resized_views
-from resizer_fastai.train import Checkpoint, MetricsLog, fit_recipe, read_run, recipe_learner, resizer_train
+from resizer_fastai.train import Checkpoint, MetricsLog, finish_run, fit_recipe, read_run, recipe_learner, resizer_train
 
 small = dict(data='sample', limit=20, arch='resnet18', size=64, out=32, bs=10, workers=0)
 exact = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'lr']
@@ -107,6 +107,20 @@ def test_timm_is_part_of_a_run_that_uses_it(monkeypatch, uses):
     run, other = made(args), made(plain)
     monkeypatch.setattr(train.metadata, 'version', lambda name: f'another {name}')
     assert train.changed_since(run, args) == [f'timm {run["versions"]["timm"]}, now another timm'] and not train.changed_since(other, plain)
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch, no_pictures):
+    "By a broken disk: it is named, and the run begins anew without it"
+    args = small | dict(epochs=1, runs=tmp_path, name='r')
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train, 'finish_run', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        resizer_train(**args)
+    file = tmp_path/'r'/'checkpoint'/'last.pth'
+    for broken in (file.read_bytes()[:10_000], b'', b'x'):
+        file.write_bytes(broken)
+        with pytest.raises(UsageError, match='last.pth cannot be read, remove it and the run begins anew: .+') as e: resizer_train(**args, resume=True)
+        assert '\n' not in str(e.value)
+    file.unlink()
+    assert len(metrics(resizer_train(**args, resume=True).path)) == 1
 
 def test_the_old_checkpoint_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
     l = learner(tmp_path/'a')
@@ -223,6 +237,33 @@ def test_settings_are_part_of_the_run(tmp_path, monkeypatch, no_pictures):
     again = train.load_run(learn.path)
     assert again.dls.valid_ds.items == learn.dls.valid_ds.items and again.resizer.num_kernels == 8
 
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    "A copy of the library's files, of which the fingerprint is taken"
+    path = shutil.copytree(Path(train.__file__).parent, tmp_path/'library')
+    monkeypatch.setattr(train, 'files', lambda _: path)
+    yield path
+    train.code_fingerprint.cache_clear()
+
+def test_other_code_makes_another_run(tmp_path, library, capsys, no_pictures):
+    "A change in any module that training depends on; the run of before is named and kept"
+    args = small | dict(arms='bilinear', epochs=1, runs=tmp_path, name='c')
+    def changed(module):
+        with open(library/f'{module}.py', 'a') as f: f.write('\n')
+        train.code_fingerprint.cache_clear()
+        return train.code_fingerprint()
+    def said():
+        compare.resizer_compare(**args)
+        return capsys.readouterr().out
+    said()
+    seen = [train.code_fingerprint(), *map(changed, ('show', 'compare', 'bench'))]
+    assert len(set(seen)) == 1 and 'finished before' in said()
+    seen = [*seen[:1], *map(changed, ('data', 'resizer', 'learner', 'train'))]
+    assert len(set(seen)) == 5
+    name = 'sample-resnet18-bilinear-0'
+    assert f'{name}: was started with resizer_fastai {__version__}+{seen[0]}, now {__version__}+{seen[-1]}; moved to {name}.old-1 and run afresh' in said()
+    assert [read_run(tmp_path/'c'/o)['versions']['resizer_fastai'].split('+')[1] for o in (f'{name}.old-1', name)] == [seen[0], seen[-1]]
+
 def test_arms_with_arguments(tmp_path, no_pictures):
     df = compare.resizer_compare(arms='bilinear,learned+num_kernels=4,learned', **small | dict(epochs=1), runs=tmp_path, name='c')
     assert list(df.arm) == ['bilinear', 'learned+num_kernels=4', 'learned'] and 0 < df.parameters[1] < df.parameters[2]
@@ -260,7 +301,7 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path, monkeypatch, no_
     resizer_train(**small, epochs=1, seed=0, runs=tmp_path/'c')   # learned
     root = tmp_path/'c'
     (root/'sample-resnet18-none-0').mkdir()
-    (root/'sample-resnet18-none-0'/'run.json').write_text('{"args": {}, "versions": {}, "metrics": null}')
+    (root/'sample-resnet18-none-0'/'run.json').write_text('{"args": {"data": "sample", "resizer": "none", "seed": 0}, "versions": {}, "metrics": null}')
     side_by_side = []
     monkeypatch.setattr(compare, 'compare_runs', lambda a, b: side_by_side.extend([a.name, b.name]) or plt.figure())
     df = compare.resizer_compare(**args, collect=True)
@@ -279,13 +320,6 @@ def test_collect_takes_what_is_there_and_nothing_else(tmp_path, monkeypatch, no_
     resizer_train(**small, epochs=2, seed=2, runs=root)
     with pytest.raises(UsageError, match='sample-resnet18-learned-2 has other options than'): compare.resizer_compare(**args, collect=True)
     with pytest.raises(UsageError, match='no finished run'): compare.resizer_compare(**args | dict(name='none'), collect=True)
-
-@pytest.mark.parametrize('name', sorted(o.name for o in (repo/'results'/'cells').glob('*')))
-def test_a_table_is_what_its_runs_say(tmp_path, name):
-    "Those of `results/` whose runs lie there, too, without pages and the weights of the body"
-    shutil.copytree(repo/'results'/'cells'/name, tmp_path/name)
-    compare.resizer_compare(runs=tmp_path, name=name, collect=True)
-    for made, kept in ('table.md', f'{name}.md'), ('runs.csv', f'{name}.csv'): assert (tmp_path/name/made).read_text() == (repo/'results'/kept).read_text()
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
@@ -313,7 +347,25 @@ def test_two_runs_image_by_image(two):
         else: assert np.corrcoef(drawn.ravel(), views[k][0].permute(1, 2, 0).numpy().ravel())[0, 1] > 0.9
     assert [o.get_title().split('\n')[0] for o in fig.axes[:3]] == ['input', *[o.name for o in two]]
 
-def test_the_last_epoch_counts(two):
+def test_the_last_epoch_counts(tmp_path, monkeypatch, no_pictures):
+    "In the run and in the table, though an earlier one was better"
+    def finish(learn, *args):
+        learn.metrics_log.rows[0].update(accuracy=1.)
+        finish_run(learn, *args)
+    monkeypatch.setattr(train, 'finish_run', finish)
+    df = compare.resizer_compare(arms='bilinear', **small | dict(epochs=2), runs=tmp_path, name='c')
+    preds = np.load(tmp_path/'c'/'sample-resnet18-bilinear-0'/'preds.npz')
+    assert df.accuracy[0] == pytest.approx(100*(preds['probs'].argmax(1) == preds['targets']).mean()) and df.accuracy[0] < 100
+
+def test_a_pause_makes_no_epoch_longer(two, tmp_path):
+    "In what is said of a difference; all seconds are in the table"
+    cells = {arm: [shutil.copytree(p, tmp_path/p.name)] for arm, p in zip(('learned', 'bilinear'), two)}
+    for (path,), seconds in zip(cells.values(), ([2, 4, 900], [2, 2, 1])):
+        pd.DataFrame(dict(epoch=range(3), seconds=seconds, accuracy=0.5)).to_csv(path/'metrics.csv', index=False)
+    learned, bilinear = compare.results_table(cells, 'bilinear').itertuples()
+    assert 'an epoch takes 2.0 times as long' in compare.explain_difference(learned, bilinear, 20) and learned.seconds == read_run(two[0])['metrics']['seconds']
+
+def test_dots_are_of_the_last_epoch(two):
     fig = compare.plot_runs(dict(learned=two[:1], bilinear=two[1:]))
     for dots, path in zip(fig.axes[1].collections, two, strict=True):
         m = pd.read_csv(path/'metrics.csv')
@@ -464,7 +516,7 @@ def test_broken_cells_are_named(tmp_path, no_pictures):
     args = small | dict(epochs=1, runs=tmp_path, name='c')
     compare.resizer_compare(arms='bilinear,learned', **args)
     cell = tmp_path/'c'/'sample-resnet18-learned-0'
-    for name, broken in [('preds.npz', b''), ('preds.npz', b'PK'), ('preds.npz', b'x'), ('metrics.csv', b''), ('metrics.csv', b'epo'), ('run.json', b'{}'), ('run.json', b'[]'), ('run.json', b'{')]:
+    for name, broken in [('preds.npz', b''), ('preds.npz', b'PK'), ('preds.npz', b'x'), ('metrics.csv', b''), ('metrics.csv', b'epo'), ('run.json', b'{}'), ('run.json', b'[]'), ('run.json', b'{"args": {}, "versions": {}, "metrics": {}}'), ('run.json', b'{')]:
         whole = (cell/name).read_bytes()
         (cell/name).write_bytes(broken)
         for how in (dict(collect=True), dict(arms='bilinear,learned')):
