@@ -9,7 +9,7 @@ export RUNS=${RUNS:-runs/recipe} SEED=${1:?which seed}
 shift
 
 settings() {   # NAME OPTIONS: what differs from the recipe
-    cat <<'LIST'
+    cat <<LIST
 recipe
 lr-1e-3                 --lr 1e-3
 lr-5e-4                 --lr 5e-4
@@ -53,6 +53,9 @@ ranger+learned          --body_init fastai --opt ranger --schedule flat_cos --re
 muon+learned            --body_init fastai --opt muon --schedule flat_cos --lr 8e-3 --resizer learned
 muon+zero_init          --body_init fastai --opt muon --schedule flat_cos --lr 8e-3 --resizer learned+zero_init=1
 muon+lr_mult-0.1        --body_init fastai --opt muon --schedule flat_cos --lr 8e-3 --resizer learned --lr_mult 0.1
+muon+start-bilinear     --opt muon --schedule flat_cos --lr 8e-4 --start "$RUNS/muon-8e-3-{seed}"
+muon+start              --opt muon --schedule flat_cos --lr 8e-4 --start "$RUNS/muon-8e-3-{seed}" --resizer learned
+muon+start+zero_init    --opt muon --schedule flat_cos --lr 8e-4 --start "$RUNS/muon-8e-3-{seed}" --resizer learned+zero_init=1
 LIST
 }
 

@@ -20,7 +20,7 @@ def commands(tmp_path):
         return subprocess.run(['bash', results/name, *args], capture_output=True, text=True, env=os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', RUNS=runs))
     return run
 
-@pytest.mark.parametrize('name,n', [('tuning.sh', 15), ('recipe.sh', 43)])
+@pytest.mark.parametrize('name,n', [('tuning.sh', 15), ('recipe.sh', 46)])
 def test_every_setting_is_a_run_of_its_own(commands, name, n):
     res = commands(name, '3')
     lines = [vars(anno_parser(resizer_train).parse_args(shlex.split(o))) for o in res.stdout.splitlines()]
