@@ -7,6 +7,8 @@ pictures = {'image/png': 'png', 'image/jpeg': 'jpg'}
 
 def text(o): return ''.join(o) if isinstance(o, list) else o
 
+def linked(s): return re.sub(r'\]\(([\w/-]+\.(ipynb|jpg|png))\)', r'](nbs/\1)', s)
+
 def output(out, files, alt):
     data = out.get('data', {})
     for kind, ext in pictures.items():
@@ -15,13 +17,13 @@ def output(out, files, alt):
             files[nbs/name] = base64.b64decode(text(data[kind]))
             return f'![{alt}](nbs/{name})'
     if 'text/html' in data: return text(data['text/html']) if '<table' in text(data['text/html']) else ''
-    if 'text/markdown' in data: return text(data['text/markdown']).strip()
+    if 'text/markdown' in data: return linked(text(data['text/markdown']).strip())
     plain = text(data.get('text/plain', out.get('text', '')) if out.get('name') != 'stderr' else '').strip()
     return f'```\n{plain}\n```' if plain else ''
 
 def cell(c, files):
     source = text(c['source']).strip()
-    if c['cell_type'] != 'code': return [re.sub(r'\]\(([\w/-]+\.(ipynb|jpg|png))\)', r'](nbs/\1)', source)]
+    if c['cell_type'] != 'code': return [linked(source)]
     lines = source.split('\n')
     flags = {k.strip(): v.strip() for k, _, v in (o[2:].partition(':') for o in lines if o.startswith('#|'))}
     if 'hide' in flags: return []
