@@ -380,7 +380,7 @@ def test_runs_of_other_images_are_not_compared(two, tmp_path, no_pictures):
 
 def test_a_folder_that_another_process_has_begun(tmp_path, monkeypatch):
     "While this one was reading images: it is left alone"
-    real,theirs = train.recipe_learner,'{"args": {}, "versions": {}, "metrics": null}'
+    real,theirs = train.recipe_learner,'{"args": {"data": "sample", "resizer": "none", "seed": 0}, "versions": {}, "metrics": null}'
     def meanwhile(**kwargs):
         (tmp_path/'r').mkdir()
         (tmp_path/'r'/'run.json').write_text(theirs)
