@@ -108,12 +108,15 @@ def test_timm_is_part_of_a_run_that_uses_it(monkeypatch, uses):
     monkeypatch.setattr(train.metadata, 'version', lambda name: f'another {name}')
     assert train.changed_since(run, args) == [f'timm {run["versions"]["timm"]}, now another timm'] and not train.changed_since(other, plain)
 
-def test_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch, no_pictures):
-    "By a broken disk: it is named, and the run begins anew without it"
-    args = small | dict(epochs=1, runs=tmp_path, name='r')
+def stop_after_the_last_epoch(monkeypatch, args):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(train, 'finish_run', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         resizer_train(**args)
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path, monkeypatch, no_pictures):
+    "By a broken disk: it is named, and the run begins anew without it"
+    args = small | dict(epochs=1, runs=tmp_path, name='r')
+    stop_after_the_last_epoch(monkeypatch, args)
     file = tmp_path/'r'/'checkpoint'/'last.pth'
     for broken in (file.read_bytes()[:10_000], b'', b'x'):
         file.write_bytes(broken)
@@ -480,9 +483,7 @@ def test_an_empty_folder_is_no_run(tmp_path, no_pictures):
 def test_a_table_of_epochs_that_was_lost(tmp_path, no_pictures, monkeypatch):
     "By a power cut, with all epochs in the checkpoint"
     args = small | dict(epochs=2, runs=tmp_path, name='r')
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(train, 'finish_run', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        resizer_train(**args)
+    stop_after_the_last_epoch(monkeypatch, args)
     before = metrics(tmp_path/'r')
     (tmp_path/'r'/'metrics.csv').write_text('')
     assert metrics(resizer_train(**args, resume=True).path) == before and len(before) == 2
