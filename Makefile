@@ -4,13 +4,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
 export MPLBACKEND ?= agg
-export PYTHONWARNINGS ?= ignore::FutureWarning
+export PYTHONWARNINGS ?= ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install train sample test test-browser notebooks export clean
+.PHONY: help install train test test-all drills gpu size notebooks export clean
 
 help:       ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv and install the pinned set (several GB, once)
 
@@ -20,31 +20,33 @@ $(INSTALLED): settings.ini setup.py
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@
 
-train: $(INSTALLED)  ## train both arms and compare them; ARGS="--data imagewoof-320 ..." for photographs
-	$(BIN)/resizer_compare --arms bilinear,learned --seeds 0 --data sample --arch resnet18 --size 128 --out 64 --epochs 6 --bs 25 --workers 0 $(ARGS)
+train: $(INSTALLED)  ## train bilinear, learned and none, and compare them; ARGS="--data imagewoof-320 ..." for photographs
+	$(BIN)/resizer_compare --resizers bilinear,learned,none --seeds 0 --data sample --arch resnet18 --size 128 --out 64 --epochs 4 --bs 25 --num_workers 0 $(ARGS)
 
-sample: $(INSTALLED)  ## before a release: every arm with three seeds on the set that draws itself, written to results/; a quarter of an hour
-	$(BIN)/resizer_compare --arms bilinear,again,antialias,pil,none,muller,learned --seeds 0,1,2 --data sample --arch resnet18 --size 128 --out 64 --epochs 6 --bs 25 --workers 0 --name sample $(ARGS)
-	cp runs/sample/table.md results/sample.md
-	cp runs/sample/runs.csv results/sample.csv
+test: $(INSTALLED)  ## run the notebooks of the library as nbdev_test does, then the fast tests; ARGS="-k name" for some
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|tutorials' --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 -m 'not slow' $(ARGS)
 
-test: $(INSTALLED)  ## run every notebook as nbdev_test does, then tests/; ARGS="-k name" for some
+test-all: $(INSTALLED)  ## what test does, the tutorials, and the slow tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(ARGS)
 
-test-browser: $(INSTALLED)  ## explore in a real JupyterLab, and reports, in headless Chromium; installs both (Debian, root or sudo)
-	command -v chromedriver >/dev/null || $$([ $$(id -u) = 0 ] || echo sudo) sh -c 'apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver'
-	$(BIN)/python -m pip install -q -e '.[browser]'
-	$(BIN)/python -m pytest tests/browser/in_chromium.py $(ARGS)
+drills: $(INSTALLED)  ## kill runs at random moments, train for minutes and watch the memory, fill the disk; by hand
+	$(BIN)/python -m pytest tests/drills.py -s $(ARGS)
 
-export: $(INSTALLED)  ## write the library and README.md from the notebooks
-	$(BIN)/nbdev_export
-	$(BIN)/python nbs/readme.py
+gpu:        ## what a GPU does otherwise than a CPU; PYTHON=... is the interpreter, nothing is installed
+	PYTHONPATH=. $(PYTHON) tests/gpu.py $(ARGS)
 
-notebooks: $(INSTALLED)  ## export, run every notebook in Jupyter and keep its outputs, then clean and write README.md
+size: $(INSTALLED)  ## lines, tokens, names and cells of the library
+	@$(BIN)/python tests/size.py
+
+export: $(INSTALLED)  ## write the library from the notebooks
 	$(BIN)/nbdev_export
-	MPLBACKEND= PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace $(NOTEBOOKS)
+
+notebooks: $(INSTALLED)  ## export, run every notebook in Jupyter and keep its outputs, then clean
+	$(BIN)/nbdev_export
+	MPLBACKEND= $(BIN)/jupyter execute --inplace $(NOTEBOOKS)
 	$(BIN)/nbdev_clean
-	$(BIN)/python nbs/readme.py
 
 clean:      ## remove what the commands wrote, except .venv and runs
 	rm -rf build *.egg-info .pytest_cache _docs _proc

@@ -214,7 +214,7 @@ activations = dict(softmax=partial(torch.softmax, dim=1), sigmoid=torch.sigmoid,
 
 def _is_batch(o): return isinstance(o, Tensor) and o.ndim==4 and o.is_floating_point()
 
-# %% ../nbs/02_learner.ipynb #00e43e3d
+# %% ../nbs/02_learner.ipynb #f007b84d
 @patch
 @torch.no_grad()
 def predict(self:ResizerClassifier,
@@ -223,9 +223,9 @@ def predict(self:ResizerClassifier,
 ) -> tuple: # Names, indices and outputs: see below
     """Predict in evaluation mode.
 
-    Outputs have shape (N, n_out): probabilities, or values where the model has activation none. Indices are those of the
-    likeliest classes (N,), or with sigmoid a mask (N, n_out) of probabilities over a half, and None for values. Names are
-    of the classes at the indices, or None without `vocab`."""
+    Outputs have shape (N, n_out): probabilities, or values where the model has activation none. Indices are those of
+    the likeliest classes (N,), or with sigmoid a mask (N, n_out) of probabilities over a half, and None for values.
+    Names are of the classes at the indices, or None without `vocab`."""
     if not _is_batch(images) and not isinstance(images, (list,tuple,L)): images = [images]
     if not len(images): raise ValueError('there are no images to predict')
     parts = images.split(bs) if _is_batch(images) else chunked(images, bs)
@@ -372,7 +372,7 @@ class ResizerLR(Callback):
     def after_step(self):
         for p,o in zip(self._params(), self.start): p.copy_(torch.lerp(o, p, self.mult))
 
-# %% ../nbs/02_learner.ipynb #dec636ad
+# %% ../nbs/02_learner.ipynb #b2d0e742
 class RecalibrateBN(Callback):
     "In training, before each validation, set BatchNorm's running statistics to their mean over `n` training batches"
     def __init__(self,
@@ -394,10 +394,10 @@ class RecalibrateBN(Callback):
             m.eval()
     @torch.no_grad()
     def _pass(self):
-        autocast = first(self.learn.cbs, risinstance(Autocast))
-        dl = self.dls.train.new() if isinstance(self.dls.train, DataLoader) else self.dls.train
+        autocast,device = first(self.learn.cbs, risinstance(Autocast)),one_param(self.model).device
         with no_random(), autocast.context() if autocast else nullcontext(), torch.compiler.set_stance('force_eager'):
-            for b in itertools.islice(dl, self.n): self.model(*to_device(b[:getattr(dl, 'n_inp', 1)], self.dls.device))
+            dl = self.dls.train.new() if isinstance(self.dls.train, DataLoader) else self.dls.train
+            for b in itertools.islice(dl, self.n): self.model(*to_device(b[:getattr(dl, 'n_inp', 1)], device))
 
 # %% ../nbs/02_learner.ipynb #4a07d491
 def _normalize(dls):
@@ -478,7 +478,7 @@ def _warn_of_other_stats(resizer, mean, std):
     if is_listy(was[0]) and not np.allclose(was, (mean,std), atol=1e-3):
         warn(f'this resizer saw images normalised with {was}, and these are with {(mean,std)}: pass stats={was}')
 
-# %% ../nbs/02_learner.ipynb #2c25092c
+# %% ../nbs/02_learner.ipynb #43196676
 @delegates(create_vision_model)
 def resizer_learner(
     dls:DataLoaders, # Images and targets, at the resizer's input size
@@ -522,8 +522,8 @@ def resizer_learner(
     cbs = L(cbs) + [ResizerLR(mult)]*(mult!=1)
     learn = ResizerLearner(
         dls, model.to(ifnone(getattr(dls, 'device', None), 'cpu')), loss_func=loss_func, opt_func=opt_func, lr=lr,
-        splitter=ifnone(splitter, partial(joint_split, split=split)), cbs=cbs, metrics=metrics, path=ifnone(path, Path()),
-        model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)
+        splitter=ifnone(splitter, partial(joint_split, split=split)), cbs=cbs, metrics=metrics,
+        path=ifnone(path, Path()), model_dir=model_dir, wd=wd, wd_bn_bias=wd_bn_bias, train_bn=train_bn, moms=moms)
     if pretrained: learn.freeze()
     store_attr('arch,normalize,n_out,pretrained', self=learn)
     return learn

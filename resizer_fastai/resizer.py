@@ -189,8 +189,11 @@ def make_resizer(
     resizer.resizer_name = name
     return resizer
 
-# %% ../nbs/01_resizer.ipynb #6d4b20d4
-def _plain(o): return o.item() if hasattr(o, 'item') else list(o) if isinstance(o, tuple) else o
+# %% ../nbs/01_resizer.ipynb #dad6b342
+def _plain(o):
+    "`o` as JSON has it: NumPy's numbers as Python's, tuples as lists"
+    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+    return o.item() if hasattr(o, 'item') else o
 
 def resizer_config(
     resizer:nn.Module,

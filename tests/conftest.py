@@ -1,7 +1,4 @@
-import os, subprocess, sys
 from importlib.util import find_spec
-from importlib.metadata import entry_points
-from multiprocessing import get_context
 from pathlib import Path
 import pytest
 
@@ -16,39 +13,16 @@ def photos():
     if not path.is_dir(): pytest.skip(f'no photographs: {path} is absent; resizer_fastai.data.get_path("imagewoof-320") downloads them')
     return path
 
-server = get_context('forkserver')   # it imports once, and every command begins as a copy of it
-server.set_forkserver_preload(['resizer_fastai.compare', 'resizer_fastai.bench'])
-
-def command(name, args, cwd, env, out, err):
-    "Be the console script `name`"
-    for fd, file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), fd)
-    os.chdir(cwd)
-    os.environ.update(env)
-    sys.argv = [name, *args]
-    sys.exit(entry_points(group='console_scripts')[name].load()())
-
 @pytest.fixture
-def shell(tmp_path, tmp_path_factory):
-    "Run a command as a shell would, in an empty folder; nothing outside this machine can be reached"
-    blocked = dict.fromkeys(['http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'], 'http://127.0.0.1:9') | dict(PYTHONWARNINGS='ignore')
-    def installed(args, env):   # with what a process reads from its environment as it begins
-        return subprocess.run([str(Path(sys.executable).parent/args[0]), *args[1:]], cwd=tmp_path, env=os.environ | blocked | env, capture_output=True, text=True, timeout=300)
-    def run(*args, **env):
-        args = list(map(str, args))
-        if env: return installed(args, {k: str(v) for k, v in env.items()})
-        out, err = [tmp_path_factory.mktemp('shell')/o for o in ('out', 'err')]
-        p = server.Process(target=command, args=(args[0], args[1:], tmp_path, blocked, out, err))
-        p.start()
-        p.join(300)
-        if p.is_alive(): p.kill()   # its exit code stays None
-        return subprocess.CompletedProcess(args, p.exitcode, out.read_text(), err.read_text())
+def command(capfd, monkeypatch, tmp_path):
+    "Call a command in this process, as a shell would in an empty folder: exit status, standard output, standard error"
+    from importlib.metadata import entry_points
+    monkeypatch.chdir(tmp_path)
+    def run(name, *args):
+        main, status = entry_points(group='console_scripts')[name].load(), 0
+        try: main(list(map(str, args)))
+        except SystemExit as e: status = e.code if isinstance(e.code, int) else 1
+        return status, *capfd.readouterr()
     return run
 
-def make_images(root, names, size=(40, 40)):
-    "Small drawn images at `root`/name for each of `names`"
-    from resizer_fastai.data import draw_sample
-    for i, name in enumerate(names):
-        file = root/name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draw_sample(i % 10, i, max(size)).resize(size).save(file)
-    return root
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes long, and runs in `make test-all` only')
