@@ -162,7 +162,7 @@ def _colour(o): return ImageColor.getrgb(o)[:3] if isinstance(o, str) else tuple
 
 # %% ../nbs/00_data.ipynb #f9ee6719
 def read_image(
-    o, # A file name, the bytes of a file, a PIL image, or a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4)
+    o, # A file name, bytes, a PIL image, or a uint8 array or tensor of shape (H, W), (H, W, 3) or (H, W, 4)
     size:int|tuple=None, # In pixels: a number, or (height, width); by default the image's own
     resize:str='squish', # 'squish', 'crop' the largest centred box of the same shape, or 'pad' with `background`
     background:tuple|str=mean_colour, # Colour (red, green, blue), 0 to 255, or a name that Pillow knows
@@ -212,13 +212,14 @@ def _folders(path):
             if real not in seen: yield Path(folder),names
             seen.add(real)
 
+# %% ../nbs/00_data.ipynb #ceef08b0
 def _note_others(others, empty):
-    "Say which kinds of files are passed over, and which folders have no image"
+    "Say which kinds of files are skipped, and which folders have no image"
     endings = Counter(f.suffix.lower() or 'without an ending' for f in others)
     counts = ', '.join(f'{n} {o}' for o,n in endings.most_common())
-    note = f'note: {len(others)} files are passed over, as their ending is none that Pillow reads: {counts}'
-    if '.heic' in endings: note += ' (pip install pillow-heif reads .heic)'
-    if empty: note += f'; no image is left in {", ".join(empty[:10])}'
+    note = f'note: {len(others)} files are skipped, since Pillow does not know their ending: {counts}'
+    if '.heic' in endings: note += ' (pip install "resizer_fastai[heif]" to read .heic)'
+    if empty: note += f'; folders without an image: {", ".join(empty[:10])}'
     print(_printable(note))
 
 # %% ../nbs/00_data.ipynb #7e0eff51
@@ -325,6 +326,7 @@ def _split_pct(files, valid_pct):
         splits[1].extend(fs[:n_valid])
     return splits
 
+# %% ../nbs/00_data.ipynb #158d26dc
 def _split_folders(files):
     "Training and validation files, by their folders `train` and `val` (or `valid`)"
     by_split = groupby(files, lambda f: f.parent.parent.name)
@@ -361,7 +363,7 @@ class ReadableSplitter:
 
     def __call__(self, files):
         stray = len(files)-sum(map(len, split_files(files, self.valid_pct)))
-        if stray: print(f'note: {stray} of {len(files)} images are in no class folder of a split and are passed over')
+        if stray: print(f'note: {stray} of {len(files)} images are in no class folder of a split and are skipped')
         self.left_out,bad = pd.DataFrame(),set()
         while True:
             splits = split_files(files, self.valid_pct, self.limit, bad)
