@@ -6,3 +6,4 @@ from .show import *
 from .train import *
 from .compare import *
 from .bench import *
+from .check import *
