@@ -212,12 +212,14 @@ def _folders(path):
             if real not in seen: yield Path(folder),names
             seen.add(real)
 
+# %% ../nbs/00_data.ipynb #ceef08b0
 def _note_others(others, empty):
-    "Say which kinds of files are passed over, and which folders have no image"
+    "Say which kinds of files are skipped, and which folders have no image"
     endings = Counter(f.suffix.lower() or 'without an ending' for f in others)
-    note = f'note: Pillow cannot read {len(others)} files: {", ".join(f"{n} {o}" for o,n in endings.most_common())}'
-    if '.heic' in endings: note += ' (pip install pillow-heif reads .heic)'
-    if empty: note += f'; no image is left in {", ".join(empty[:10])}'
+    counts = ', '.join(f'{n} {o}' for o,n in endings.most_common())
+    note = f'note: {len(others)} files are skipped, since Pillow does not know their ending: {counts}'
+    if '.heic' in endings: note += ' (pip install "resizer_fastai[heif]" to read .heic)'
+    if empty: note += f'; folders without an image: {", ".join(empty[:10])}'
     print(_printable(note))
 
 # %% ../nbs/00_data.ipynb #7e0eff51
@@ -324,6 +326,7 @@ def _split_pct(files, valid_pct):
         splits[1].extend(fs[:n_valid])
     return splits
 
+# %% ../nbs/00_data.ipynb #158d26dc
 def _split_folders(files):
     "Training and validation files, by their folders `train` and `val` (or `valid`)"
     by_split = groupby(files, lambda f: f.parent.parent.name)
@@ -360,7 +363,7 @@ class ReadableSplitter:
 
     def __call__(self, files):
         stray = len(files)-sum(map(len, split_files(files, self.valid_pct)))
-        if stray: print(f'note: {stray} of {len(files)} images are in no class folder of a split and are passed over')
+        if stray: print(f'note: {stray} of {len(files)} images are in no class folder of a split and are skipped')
         self.left_out,bad = pd.DataFrame(),set()
         while True:
             splits = split_files(files, self.valid_pct, self.limit, bad)
@@ -494,6 +497,7 @@ def _write_images(file, files, read, num_workers):
     if need>free: raise OSError(
         f'the decoded images take {need:.1f} GB and {file.parent} has {free:.1f} GB left: make room there, '
         'or set RESIZER_CACHE to a folder on a larger disk')
+    if need>0.1: print(f'cache: {len(files)} images, {need:.1f} GB in {file}', flush=True)
     try:
         with open(tmp, 'wb') as f:
             np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=shape))
@@ -502,7 +506,7 @@ def _write_images(file, files, read, num_workers):
         tmp.replace(file)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_data.ipynb #764345eb
+# %% ../nbs/00_data.ipynb #fbbffd3f
 def _disk_images(files, read, num_workers):
     "The .npy file of the decoded `files`, written unless it is there"
     key = [[os.path.abspath(f) for f in files], [_stamp(f) for f in files], read.size, read.resize, read.background]
@@ -511,13 +515,13 @@ def _disk_images(files, read, num_workers):
         if not file.exists(): _write_images(file, files, read, num_workers)
     return file
 
-def _device_images(files, read, num_workers, device):
+def _device_images(files, read, num_workers, device, bs=32):
     "The decoded `files` as one tensor on `device`"
     shape = (len(files),3,*read.size)
     try: images = torch.empty(shape, dtype=torch.uint8, device=device)
     except RuntimeError as e: raise OSError(
         f'{device} has no room for {math.prod(shape)/1e9:.1f} GB of decoded images: take the cache disk') from e
-    for rows,x in zip(images.split(32), _decode(files, read, num_workers)): rows.copy_(x)
+    for rows,x in zip(images.split(bs), _decode(files, read, num_workers, bs)): rows.copy_(x)
     return images
 
 # %% ../nbs/00_data.ipynb #45129b43
@@ -592,6 +596,6 @@ def parse_size(
     "A size in pixels as it is written on the command line"
     if isinstance(s, str):
         if not re.fullmatch(r'\d+(x\d+)?', s): raise ValueError(f'a size is PIXELS or HEIGHTxWIDTH: got {s}')
-        s = [int(o) for o in s.split('x')]
-    h,w = _hw(s[0] if is_listy(s) and len(s)==1 else s)
+        s = [int(o) for o in s.split('x')] if 'x' in s else int(s)
+    h,w = _hw(s)
     return h if h==w else (h,w)
