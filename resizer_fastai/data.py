@@ -162,7 +162,7 @@ def _colour(o): return ImageColor.getrgb(o)[:3] if isinstance(o, str) else tuple
 
 # %% ../nbs/00_data.ipynb #f9ee6719
 def read_image(
-    o, # A file name, the bytes of a file, a PIL image, or a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4)
+    o, # A file name, bytes, a PIL image, or a uint8 array or tensor of shape (H, W), (H, W, 3) or (H, W, 4)
     size:int|tuple=None, # In pixels: a number, or (height, width); by default the image's own
     resize:str='squish', # 'squish', 'crop' the largest centred box of the same shape, or 'pad' with `background`
     background:tuple|str=mean_colour, # Colour (red, green, blue), 0 to 255, or a name that Pillow knows
