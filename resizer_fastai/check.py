@@ -11,11 +11,11 @@ from PIL import Image
 from .data import check_images, cli_command, get_path, image_files, parse_size, write_table
 from .data import _hw, _printable, _split_folders, _split_pct
 
-# %% ../nbs/08_check.ipynb #1320b878
+# %% ../nbs/08_check.ipynb #3b4657aa
 def folder_report(
     root:str|Path, # A folder of images
     valid_pct:float=None, # As for `split_files`
-) -> pd.DataFrame: # `check_images`, with `split` ('train', 'val' or ''), `label` and `same_as`, the first file of equal pixels
+) -> pd.DataFrame: # `check_images` with `name`, `split`, `label`, and `same_as`, the first file with the same pixels
     "A row for each image of a folder"
     root,files = Path(os.path.abspath(root)),image_files(root)
     df = check_images(files)
@@ -54,7 +54,7 @@ def _findings(df, out):
         ('classes not in train', 'an error', sorted(val-train)),
         ('classes not in val', 'never validated', sorted(train-val) if val else [])]
 
-# %% ../nbs/08_check.ipynb #ccaecaf9
+# %% ../nbs/08_check.ipynb #75fe3df8
 def _sizes(df, size):
     "A sentence on the sizes of the images"
     if df.empty: return 'no image can be read'
@@ -83,7 +83,8 @@ def resizer_check(
     print(f'\n{"":28}{"found":>6}  in training')
     for name,fate,which in findings: print(f'{name:28}{len(which):6}  {fate if which else ""}')
     for name,_,which in findings:
-        if which: print(f'\n{name}:', *map(_printable, which[:10]), *[f'and {len(which)-10} more'][:len(which)>10], sep='\n  ')
+        if which: print(f'\n{name}:', *map(_printable, which[:10]), sep='\n  ')
+        if len(which)>10: print(f'  and {len(which)-10} more')
     print(f'\n{_sizes(df[df.pixels!=""], size)}')
     if csv: write_table(df, csv)
     return df
