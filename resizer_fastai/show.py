@@ -37,7 +37,7 @@ def draw_image(
 ):
     "Draw an image without ticks"
     colour = ((im-lo)/max(hi-lo, 1e-6)).clamp(0,1).permute(1,2,0)
-    ax.imshow(colour if len(im)==3 else im.mean(0), cmap='gray', vmin=lo, vmax=hi)
+    ax.imshow((colour if len(im)==3 else im.mean(0)).numpy(), cmap='gray', vmin=lo, vmax=hi)
     ax.set(xticks=[], yticks=[])
 
 # %% ../nbs/03_show.ipynb #98e1d527
@@ -358,7 +358,7 @@ def show_cam(self:ResizerLearner,
         row[1].set_xlabel(f'{figure_text(names[t])}, {p[t]:.2f}', fontsize=9)
         for ax in row[1:]:
             extent = ax.images[0].get_extent()
-            ax.imshow(cam, extent=extent, cmap='viridis', vmin=0, vmax=1, alpha=0.55, interpolation='bilinear')
+            ax.imshow(cam.numpy(), extent=extent, cmap='viridis', vmin=0, vmax=1, alpha=0.55, interpolation='bilinear')
     _colorbar(fig, axs, 'Grad-CAM, share of the largest')
     return fig
 
@@ -381,8 +381,8 @@ class ResizerInterpretation(ClassificationInterpretation):
     ):
         "Predict every image once"
         model = get_model(learn.model)
-        if dl is None: dl = learn.dls.test_dl(learn.dls[ds_idx].items, with_labels=True)
         with evaluating(learn.model), no_random(reproducible=False):
+            if dl is None: dl = learn.dls.test_dl(learn.dls[ds_idx].items, with_labels=True)
             preds,targs,losses = learn.get_preds(dl=dl, with_loss=True, act=activations[model.activation])
         self = cls(learn, dl, losses)
         self.preds,self.targs,self.decoded = preds,targs,_decoded(model, preds)
