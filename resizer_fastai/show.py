@@ -352,8 +352,8 @@ def show_cam(self:ResizerLearner,
     if isinstance(target, str): target = names.index(target)
     cams,targets,outputs = grad_cam(model, x, None if target is None else torch.full((len(x),), target))
     im,y = resized_views(model, x, ()).values()
-    columns = [(f'input, {_size(im)}', im, 0, 1), ('on the input', im, 0, 1)]
-    fig,axs = _grid([*columns, (f'on what the body sees, {_size(y)}', y, *value_range(y))], labels)
+    columns = [(f'input\n{_size(im)}', im, 0, 1), ('on the input', im, 0, 1)]
+    fig,axs = _grid([*columns, (f'on what the body sees\n{_size(y)}', y, *value_range(y))], labels)
     for row,cam,t,p in zip(axs, cams, targets, outputs):
         row[1].set_xlabel(f'{figure_text(names[t])}, {p[t]:.2f}', fontsize=9)
         for ax in row[1:]:
