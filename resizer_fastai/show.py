@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from PIL import Image
 from .learner import ResizerClassifier, ResizerLearner, activations, evaluating
-from .resizer import make_resizer
+from .resizer import interpolate, make_resizer
 from sklearn.metrics import confusion_matrix
 
 # %% ../nbs/03_show.ipynb #ce5597e7
@@ -55,6 +55,8 @@ def resizer_title(
 ) -> str: # Its name in `resizers`, or that of its class
     "What to call a resizer in a figure"
     return figure_text(getattr(resizer, 'resizer_name', type(resizer).__name__))
+
+def _titles(learn, views): return {k: resizer_title(learn.resizer) if k=='resized' else figure_text(k) for k in views}
 
 # %% ../nbs/03_show.ipynb #da69a284
 def _control(name, x, size):
@@ -147,13 +149,15 @@ def show_resized(self:ResizerLearner,
 ) -> plt.Figure:
     "A row an image: input, plain resizes, the output of the resizer, and its difference to the first plain one"
     x,labels = _chosen(self, items, per_class, classes)
-    views,name = resized_views(get_model(self.model), x, controls),resizer_title(self.resizer)
-    y,base = views.pop('resized'),list(views)[1]
-    (lo,hi),diff = value_range(y, scale),(y-F.interpolate(views[base], y.shape[-2:])).mean(1, keepdim=True)
+    views = resized_views(get_model(self.model), x, controls)
+    names,base,y = _titles(self, views),list(views)[1],views.pop('resized')
+    lo,hi = value_range(y, scale)
+    diff = (y-interpolate(views[base], y.shape[-2:])).mean(1, keepdim=True)
     top = max(diff.abs().max().item(), 1e-6)
-    columns = [(f'{figure_text(k)}, {_size(v)}\n0 to 1', v, 0, 1) for k,v in views.items()]
-    columns.append((f'{name}, {_size(y)}\n{lo:.2f} to {hi:.2f}', y, lo, hi))
-    fig,axs = _grid([*columns, (f'{name} - {figure_text(base)}', diff, -top, top)], labels)
+    columns = [(f'{names[k]}, {_size(v)}\n0 to 1', v, 0, 1) for k,v in views.items()]
+    columns.append((f'{names["resized"]}, {_size(y)}\n{lo:.2f} to {hi:.2f}', y, lo, hi))
+    columns.append((f'{names["resized"]} - {names[base]}', diff, -top, top))
+    fig,axs = _grid(columns, labels)
     for ax in axs[:,-1]: ax.images[0].set_cmap('RdBu_r')
     _colorbar(fig, axs, 'difference, 1 = black to white')
     return fig
@@ -166,7 +170,8 @@ class Film(Callback):
         items:list=None, # Places in the validation set, images, or a batch; by default the first of each of `n` classes
         n:int=4, # Images, if `items` are not given
     ):
-        self.items,self.n,self.frames,self.batch,self.labels,self.trained = items,n,[],None,[],False
+        self.items,self.n,self.trained = items,n,False
+        self.frames,self.batch,self.labels = [],None,[]
 
     def before_fit(self): self.trained,self.run = False,not hasattr(self.learn, 'lr_finder')
     def before_train(self):
@@ -176,12 +181,11 @@ class Film(Callback):
         if self.trained: self._record()
 
     def _record(self):
-        model = get_model(self.model)
         if self.batch is None:
             items = ifnone(self.items, sum(_places(self.learn).values(), [])[:self.n])
             x,self.labels = _batch(self.learn, items)
             self.batch = x.as_subclass(Tensor).cpu()
-        self.frames.append(resized_views(model, self.batch, ())['resized'].half())
+        self.frames.append(resized_views(get_model(self.model), self.batch, ())['resized'].half())
 
     def __getstate__(self): return vars(self) | dict(frames=[], batch=None, labels=[])   # no images into `learn.export`
 
@@ -244,15 +248,15 @@ def plot_spectrum(self:ResizerLearner,
     controls:tuple=('bilinear',), # Resizers without weights to compare with
 ) -> plt.Figure:
     "Power spectra by class: input, plain resizes and the output of the resizer, with the Nyquist limit of the target"
-    spectra,name = class_spectra(self, per_class, classes, controls),resizer_title(self.resizer)
+    spectra = class_spectra(self, per_class, classes, controls)
     cols = min(5, len(spectra))
     rows,share = math.ceil(len(spectra)/cols),dict(sharex=True, sharey=True, squeeze=False)
     fig,axs = plt.subplots(rows, cols, figsize=(2.4*cols+3,2.2*rows+0.6), layout='constrained', **share)
     for ax in axs.flat[len(spectra):]: ax.remove()
     for ax,(c,curves) in zip(axs.flat, spectra.items()):
         ax.axvline(curves['resized'][0][-1], color='gray', ls='--', lw=1, label='Nyquist limit of the target')
-        for (k,(f,p)),colour in zip(curves.items(), _colours(curves).values()):
-            ax.semilogy(f, p, color=colour, lw=1.2, label=name if k=='resized' else figure_text(k))
+        names,colours = _titles(self, curves),_colours(curves)
+        for k,(f,p) in curves.items(): ax.semilogy(f, p, color=colours[k], lw=1.2, label=names[k])
         ax.set_title(figure_text(c), fontsize=9)
     fig.supxlabel('frequency, cycles per pixel of the input', fontsize=9)
     fig.supylabel('power spectral density\n(black to white)² px²', fontsize=9)
@@ -303,19 +307,18 @@ def plot_response(self:ResizerLearner,
     controls:tuple=('bilinear','antialias'), # Resizers without weights to compare with
 ) -> plt.Figure:
     "What resizers make of a zone plate, and their gain for gratings by frequency"
-    model,name = get_model(self.model),resizer_title(self.resizer)
+    model = get_model(self.model)
     views = _responses(model, zone_plate(model.input_size)[None], controls)
-    gain = grating_gain(model, n, controls)
+    names,colours,gain = _titles(self, views),_colours(views),grating_gain(model, n, controls)
     fig,axs = plt.subplot_mosaic([list(views), ['gain']*len(views)], figsize=(2.5*len(views),5.5), layout='constrained')
     for k,v in views.items():
         draw_image(axs[k], v[0])
-        axs[k].set_title(f'{name if k=="resized" else k}, {_size(v)}\n0 to 1', fontsize=9)
-    limit = 0.5*min(a/b for a,b in zip(views['resized'].shape[-2:], model.input_size))
-    axs['gain'].axvline(limit, color='gray', ls='--', lw=1, label='Nyquist limit of the target')
-    for k,colour in list(_colours(views).items())[1:]:
-        axs['gain'].plot(gain.frequency, gain[k], color=colour, label=name if k=='resized' else k)
-    axs['gain'].set(xlabel='frequency, cycles per pixel of the input', ylabel='gain', xlim=(0,0.5), ylim=0)
-    axs['gain'].legend(fontsize=9)
+        axs[k].set_title(f'{names[k]}, {_size(v)}\n0 to 1', fontsize=9)
+    ax,limit = axs['gain'],0.5*min(a/b for a,b in zip(views['resized'].shape[-2:], model.input_size))
+    ax.axvline(limit, color='gray', ls='--', lw=1, label='Nyquist limit of the target')
+    for k in gain.columns[1:]: ax.plot(gain.frequency, gain[k], color=colours[k], label=names[k])
+    ax.set(xlabel='frequency, cycles per pixel of the input', ylabel='gain', xlim=(0,0.5), ylim=0)
+    ax.legend(fontsize=9)
     return fig
 
 # %% ../nbs/03_show.ipynb #81dbb518
@@ -383,14 +386,15 @@ class ResizerInterpretation(ClassificationInterpretation):
         model = get_model(learn.model)
         with evaluating(learn.model), no_random(reproducible=False):
             if dl is None: dl = learn.dls.test_dl(learn.dls[ds_idx].items, with_labels=True)
-            preds,targs,losses = learn.get_preds(dl=dl, with_loss=True, act=activations[model.activation])
+            res = learn.get_preds(dl=dl, with_loss=True, act=activations[model.activation])
+        preds,targs,losses = [o.as_subclass(Tensor) for o in res]
         self = cls(learn, dl, losses)
         self.preds,self.targs,self.decoded = preds,targs,_decoded(model, preds)
         return self
 
     def confusion_matrix(self):
         "Number of images by actual (rows) and predicted class"
-        if self.preds is self.decoded or self.decoded.ndim>1: raise ValueError('this needs one class an image')
+        if self.decoded.ndim>1: raise ValueError('a confusion matrix needs one class an image')
         return confusion_matrix(self.targs, self.decoded, labels=range(len(self.vocab)))
 
     def plot_confusion_matrix(self, **kwargs):
@@ -420,9 +424,11 @@ def _show_pairs(interp, idxs, title, what):
     fig,axs = plt.subplots(rows, 4, figsize=(9,2.4*rows+0.5), squeeze=False, layout='constrained')
     for ax in axs.flat[2*len(idxs):]: ax.remove()
     for i,left,right,x,y in zip(idxs, axs.flat[::2], axs.flat[1::2], *views.values()):
-        pred,true = _label(model, interp.decoded[i]),_label(model, interp.targs[i])
+        pred,true = interp.decoded[i],interp.targs[i]
+        wrong = model.activation!='none' and (pred!=true).any()
+        text = title(_label(model, pred), _label(model, true), i)
+        left.set_title(text, fontsize=8, loc='left', color='#D55E00' if wrong else 'black')
         draw_image(left, x), draw_image(right, y, lo, hi)
-        left.set_title(title(pred, true, i), fontsize=8, loc='left', color='black' if pred==true else '#D55E00')
     fig.suptitle(f'{what}; input {_size(x)}, resized {_size(y)} ({lo:.2f} to {hi:.2f})', fontsize=9)
     return fig
 
@@ -448,22 +454,22 @@ def show_results(self:ResizerInterpretation,
 
 # %% ../nbs/03_show.ipynb #f2056b56
 def _page(learn, i):
-    "A PNG picture of validation image `i`: input, plain and resized image, and the largest outputs"
-    model,name = get_model(learn.model),resizer_title(learn.resizer)
-    x,(label,) = _batch(learn, i)
-    views,output = resized_views(model, x),model.predict(x.as_subclass(Tensor))[2][0]
+    "A JPEG picture of validation image `i`: input, plain and resized image, and the largest outputs"
+    model,(x,labels) = get_model(learn.model),_batch(learn, i)
+    views,output = resized_views(model, x),model.predict(x)[2][0]
     fig = Figure(figsize=(11,3), layout='constrained')
     *axs,bars = fig.subplots(1, 4)
-    for ax,(k,v) in zip(axs, views.items()):
-        draw_image(ax, v[0], *(value_range(v) if k=='resized' else ()))
-        ax.set_title(f'{name if k=="resized" else k}, {_size(v)}', fontsize=9)
-    axs[0].set_xlabel(f'{label}, image {i}', fontsize=9)
+    ranges = (0,1),(0,1),value_range(views['resized'])
+    for ax,v,title,r in zip(axs, views.values(), _titles(learn, views).values(), ranges):
+        draw_image(ax, v[0], *r)
+        ax.set_title(f'{title}, {_size(v)}', fontsize=9)
+    axs[0].set_xlabel(f'{labels[0]}, image {i}', fontsize=9)
     top = output.topk(min(5, len(output))).indices.flip(0)
     names = [figure_text(model.vocab[o] if model.vocab else o.item()) for o in top]
     bars.barh(range(len(top)), output[top], color='#D55E00', tick_label=names)
     bars.set_xlabel('value' if model.activation=='none' else 'probability')
-    fig.savefig(png := io.BytesIO(), dpi=90)
-    return png.getvalue()
+    fig.savefig(out := io.BytesIO(), format='jpeg', dpi=90)
+    return out.getvalue()
 
 # %% ../nbs/03_show.ipynb #ab2b846f
 def explore(
@@ -474,7 +480,7 @@ def explore(
     except ImportError: raise ValueError('explore needs ipywidgets: pip install resizer_fastai[explore]') from None
     places = _places(learn, len(learn.dls.valid_ds))
     which,nth = w.Dropdown(options=list(places), description='class'),w.BoundedIntText(description='image')
-    page = w.Image(format='png')
+    page = w.Image(format='jpeg')
     def draw(_): page.value = _page(learn, places[which.value][nth.value])
     def turn(_):
         nth.max = len(places[which.value])-1
@@ -512,7 +518,8 @@ def _embedded(p, small):
         size,mime,out = im.size,im.format.lower(),io.BytesIO()
         if small: im.convert('RGB').save(out, 'jpeg', quality=60)
     if small: mime,data = 'jpeg',out.getvalue()
-    return p | dict(src=f'data:image/{mime};base64,{b64encode(data).decode()}', width=size[0], height=size[1])
+    src = f'data:image/{mime};base64,{b64encode(data).decode()}'
+    return p | dict(src=src, width=size[0], height=size[1], wide=size[0]>700)
 
 def write_report(
     file:str|Path, # HTML file to write

@@ -2,13 +2,12 @@
 import io, random, re, sys
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, PIL.Image, pytest, torch
 from fastai.vision.all import (
-    Callback, CategoryBlock, DataBlock, DataLoaders, F, ImageBlock, ImageDataLoaders, MultiCategoryBlock, PILImage,
-    PILImageBW, RandomSplitter, RegressionBlock, Resize, deepcopy, get_image_files, get_model, load_learner, nn,
-    parent_label, resnet18, set_seed)
+    Callback, CategoryBlock, DataBlock, ImageBlock, ImageDataLoaders, MultiCategoryBlock, PILImage, PILImageBW,
+    RandomSplitter, RegressionBlock, Resize, deepcopy, get_image_files, get_model, load_learner, nn, parent_label,
+    resnet18, set_seed)
 from conftest import make_images
 from resizer_fastai.data import get_dls
 from resizer_fastai.learner import plain_head, resizer_learner
-from resizer_fastai.resizer import Resizer, interpolate, resizers
 from resizer_fastai.show import Film, class_spectra, explore, picture, resized_views, section, write_report
 
 def small(dls=None, size=32, out=16, **kwargs):
@@ -49,14 +48,6 @@ def test_looking_changes_nothing():
     assert (torch.rand(1), np.random.rand(), random.random()) == expected and not mine.axes
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
 
-def test_film_changes_no_training():
-    def last_loss(cbs):
-        l = small(cbs=cbs)
-        set_seed(0)
-        fit(l)
-        return l.recorder.values[-1]
-    assert last_loss([Film()]) == last_loss([])
-
 class Brighter(Callback):
     def before_validate(self): get_model(self.model).resizer.out.bias.data += 5
 
@@ -85,8 +76,7 @@ def test_film_of_what_happens_in_between(tmp_path):
     assert [f.shape[-1] for f in other.film.frames] == [16, 16, 12]
     assert [ax.get_title() for ax in other.plot_film().axes] == ['start', 'epoch 0', 'epoch 1']
     other.export('e.pkl')
-    film = load_learner(tmp_path/'e.pkl').film
-    assert film.frames == [] and film.batch is None
+    assert load_learner(tmp_path/'e.pkl').film.batch is None
 
 @pytest.mark.parametrize('scale', ['std', 'clip'])
 def test_show_resized_has_one_range_and_a_signed_difference(learn, scale):
@@ -110,8 +100,7 @@ def test_class_spectra_of_images_that_are_not_square():
 
 def test_show_cam_lies_on_the_image(learn):
     fig = learn.show_cam(items=[0], target='grain-45')
-    p = learn.model.predict(learn.dls.valid_ds.items[0])[2][0, 9].item()
-    assert fig.axes[1].get_xlabel() == f'grain-45, {p:.2f}'
+    assert fig.axes[1].get_xlabel() == f'grain-45, {learn.model.predict(learn.dls.valid_ds.items[0])[2][0, 9]:.2f}'
     for ax, n in zip(fig.axes[1:3], (32, 16)):
         for im in ax.images: assert list(im.get_extent()) == [-0.5, n-0.5, n-0.5, -0.5]
 
@@ -119,13 +108,12 @@ def test_plot_top_losses_shows_its_own_images(folder):
     "In the order of the losses; wrong ones are coloured; the index of a table need not be its rows"
     files = sorted(folder.rglob('*.png'))
     df = pd.DataFrame(dict(name=files, label=[f.parent.name for f in files]), index=range(100, 116))
-    cols = dict(fn_col='name', label_col='label')
-    dls = ImageDataLoaders.from_df(df, '/', valid_pct=0.5, seed=0, bs=4, item_tfms=Resize(32), num_workers=0, **cols)
+    dls = ImageDataLoaders.from_df(df, '/', fn_col='name', label_col='label', valid_pct=0.5, seed=0, bs=4,
+                                   item_tfms=Resize(32), num_workers=0)
     interp = interpret(small(dls))
     for ax, loss, i in zip(interp.plot_top_losses(3).axes[::2], *interp.top_losses(3)):
         name, target = dls.valid_ds.items.iloc[int(i)]
-        expected = np.array(PILImage.create(name).resize((32, 32)))
-        assert np.corrcoef(drawn(ax).ravel(), expected.ravel())[0, 1] > 0.9
+        assert np.corrcoef(drawn(ax).ravel(), np.array(PILImage.create(name).resize((32, 32))).ravel())[0, 1] > 0.9
         p, guess = interp.preds[i].max().item(), interp.vocab[interp.preds[i].argmax()]
         assert ax.get_title(loc='left') == f'{guess} / {target} / {loss.item():.2f} / {p:.2f}'
         assert ax._left_title.get_color() == ('black' if guess == target else '#D55E00')
@@ -144,28 +132,9 @@ def test_figures_of_other_targets_and_of_grey_images(folder, target, get_y):
     for f in figures.values(): f(l)
     y, ax = get_y(dls.valid_ds.items[0]), l.show_resized(items=0).axes[0]
     assert ax.get_ylabel() == (f'{y:g}' if target is RegressionBlock else ';'.join(y)) in l.film.labels
-    if target is CategoryBlock: return np.testing.assert_equal(drawn(ax).shape, (32, 32))
-    with pytest.raises(ValueError, match='one class an image'): interpret(l).plot_confusion_matrix()
-
-def test_figures_of_pytorch_loaders():
-    data = [(torch.rand(3, 32, 32), i % 2) for i in range(8)]
-    dls = DataLoaders(*[torch.utils.data.DataLoader(data, 4, shuffle=o) for o in (True, False)])
-    l = small(dls, n_out=2, loss_func=nn.CrossEntropyLoss(), normalize=False, cbs=Film())
-    fit(l)
-    for name in ('resized', 'spectrum', 'response', 'cam'): figures[name](l)
-    torch.testing.assert_close(drawn(l.show_resized(items=[5]).axes[0]).permute(2, 0, 1), data[5][0])
-
-class Shuffled(nn.Module):
-    "Pixels into channels: twelve for three"
-    def __init__(self, size): super().__init__(); self.size = size
-    def forward(self, x): return F.pixel_unshuffle(interpolate(x, 2*self.size), 2)
-
-def test_figures_of_a_registered_resizer(monkeypatch):
-    monkeypatch.setitem(resizers, 'shuffled', Shuffled)
-    l = small(resizer='shuffled')
-    for name in ('resized', 'response', 'cam'): figures[name](l)
-    assert 'shuffled' in [o.get_text() for o in l.plot_spectrum(per_class=1).legends[0].get_texts()]
-    assert small(resizer=Resizer(16)).show_resized(items=[0]).axes[2].get_title().startswith('Resizer, 16x16')
+    if target is CategoryBlock: assert drawn(ax).shape == (32, 32)
+    else:
+        with pytest.raises(ValueError, match='one class an image'): interpret(l).plot_confusion_matrix()
 
 def test_figures_of_classes_with_any_name(tmp_path):
     names = ['$cash$', 'a_$^{$', 'two\nlines', b'bad\xff'.decode(errors='surrogateescape'), 'x'*100]
@@ -186,7 +155,7 @@ def test_write_report_is_self_contained_and_escapes(tmp_path, n, kind):
     html = write_report(tmp_path/'r.html', 'A & B', ['<i>'], [('accuracy', 1)], [seen]).read_text()
     assert '&lt;b&gt;&amp;amp;' in html and '0.1235' in html and not re.search('<(b|i|script)>', html)
     assert not re.search(r'(src|href)="(?!data:|#)', html) and len(html) < 5e6
-    assert re.findall('data:image/(.*?);.*alt="a &#34;word&#34;"', html) == [kind]*n
+    assert re.findall('(?s)class="wide".*?data:image/(.*?);.*?alt="a &#34;word&#34;"', html) == [kind]*n
 
 def test_explore_turns_pages(learn):
     pytest.importorskip('ipywidgets')
