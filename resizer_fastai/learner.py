@@ -41,9 +41,9 @@ def get_body(
     raise ValueError(f'no body {arch!r}: there are the classifiers of torchvision, the xresnets of fastai, timm/NAME, '
                      'and what you register with bodies["name"] = ...')
 
-# %% ../nbs/02_learner.ipynb #e6a6393f
+# %% ../nbs/02_learner.ipynb #78cbee32
 def _torchvision_make(make, weights):
-    "Models of torchvision that fastai has no entry for: it does not hand on their `weights`"
+    "For models of torchvision that fastai has no entry for: it would not pass `weights` on to them"
     if not make.__module__.startswith('torchvision.') or make in model_meta: return make
     return lambda pretrained: make(weights=ifnone(weights, 'DEFAULT') if pretrained else None)
 
@@ -111,7 +111,7 @@ def _channels_out(resizer, n_in, size):
     like = first([*resizer.parameters(), torch.zeros(())])
     with evaluating(resizer): return resizer(like.new_zeros(1, n_in, *size)).shape[1]
 
-# %% ../nbs/02_learner.ipynb #f237ea58
+# %% ../nbs/02_learner.ipynb #3ca23009
 class ResizerClassifier(nn.Module):
     "A resizer, a body and a head: one model that is trained on one loss"
     @delegates(create_vision_model)
@@ -126,7 +126,7 @@ class ResizerClassifier(nn.Module):
         vocab:list=None, # Names of the classes, in the order of the outputs
         mean:list=None, # Mean of each channel that images are normalised with; by default 0
         std:list=None, # Standard deviation of each channel; by default 1
-        activation:str='softmax', # What makes the outputs what they mean: softmax, sigmoid or none
+        activation:str='softmax', # Applied to the outputs to get probabilities: softmax, sigmoid or none
         pretrained:bool=False, # Start the body from ImageNet's weights, and a resizer given by name at the plain resize
         weights=None, # Which of torchvision's weights
         **kwargs
@@ -160,7 +160,7 @@ def _config(m):
     rest = {k: getattr(m, k) for k in ('n_out','n_in','input_size','vocab','activation')}
     return dict(arch=arch, resizer=resizer_config(m.resizer), read=read, **stats, **rest, **m.head_args)
 
-# %% ../nbs/02_learner.ipynb #bbd1fafe
+# %% ../nbs/02_learner.ipynb #b7e1a99e
 @patch
 def save_pretrained(self:ResizerClassifier,
     path:str|Path, # Folder to write `config.json` and `model.safetensors` to
@@ -169,9 +169,9 @@ def save_pretrained(self:ResizerClassifier,
     config = _config(self)
     lost = ', '.join(k for k,v in config.items() if callable(v))
     if lost: raise ValueError(f'config.json cannot hold {lost} of this model: use learn.export, which pickles it')
-    path = Path(path)
+    path,text = Path(path),json.dumps(config, indent=2)+'\n'
     path.mkdir(parents=True, exist_ok=True)
-    (path/'config.json').write_text(json.dumps(config, indent=2)+'\n')
+    (path/'config.json').write_text(text)
     save_model(self, str(path/'model.safetensors'))
 
 # %% ../nbs/02_learner.ipynb #bef9269c
@@ -345,11 +345,11 @@ def precision_cbs(
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(pick_precision(precision, device))
     return [Autocast(dtype)] if dtype else []
 
-# %% ../nbs/02_learner.ipynb #9edf9066
+# %% ../nbs/02_learner.ipynb #15ee99ee
 class FiniteLoss(Callback):
     "Raise FloatingPointError at the first batch whose loss is not finite, before it changes the weights"
     order = GradientAccumulation.order-1
-    def after_backward(self): self._check('training')   # not before: a GPU would have to wait
+    def after_backward(self): self._check('training')   # reading the loss earlier would stall a GPU
     def after_loss(self):
         if not self.training: self._check('validation')
     def _check(self, where):
@@ -358,9 +358,9 @@ class FiniteLoss(Callback):
         raise FloatingPointError(f'the loss is {self.loss.item()} in batch {self.iter} of epoch {self.epoch}, '
                                  f'in {where}: try a lower learning rate, or cbs=GradientClip')
 
-# %% ../nbs/02_learner.ipynb #674a629a
+# %% ../nbs/02_learner.ipynb #c4fca881
 class ResizerLR(Callback):
-    "Train the resizer at a multiple of its group's learning rate, if steps are proportional to that"
+    "Train the resizer at a multiple of its group's learning rate (for optimizers whose step scales with it)"
     order = MixedPrecision.order-1
     def __init__(self,
         mult:float # Multiple of the group's learning rate
@@ -399,10 +399,12 @@ class RecalibrateBN(Callback):
             dl = self.dls.train.new() if isinstance(self.dls.train, DataLoader) else self.dls.train
             for b in itertools.islice(dl, self.n): self.model(*to_device(b[:getattr(dl, 'n_inp', 1)], device))
 
-# %% ../nbs/02_learner.ipynb #4a07d491
+# %% ../nbs/02_learner.ipynb #b21a8e1d
 def _normalize(dls):
     "The `Normalize` of fastai loaders, or None"
     return first(dls.train.after_batch.fs, risinstance(Normalize)) if isinstance(dls.train, TfmdDL) else None
+
+def _same_stats(a, b): return all(np.allclose(to_np(tensor(o)).flatten(), p, atol=1e-3) for o,p in zip(a, b))
 
 def _add_normalize(dls, mean, std):
     "Have fastai loaders normalise, unless they do"
@@ -410,7 +412,7 @@ def _add_normalize(dls, mean, std):
     cuda = torch.device(ifnone(dls.device, 'cpu')).type!='cpu'
     dls.add_tfms([Normalize.from_stats(mean, std, cuda=cuda)], 'after_batch')
 
-# %% ../nbs/02_learner.ipynb #e1d083b7
+# %% ../nbs/02_learner.ipynb #195f546e
 def known_reader(
     dls:DataLoaders,
 ) -> ReadImage: # None where something else has a say
@@ -419,7 +421,8 @@ def known_reader(
     if not read: return None
     pipelines = [getattr(dls.valid, o) for o in ('after_item','before_batch','after_batch')]
     tfms = [t for p in pipelines for t in getattr(p, 'fs', []) if t.split_idx!=0]   # 0: in training only
-    others = [t for t in tfms if not isinstance(t, (ToTensor,IntToFloatTensor,Normalize))]
+    def passes(t): return isinstance(t, RandTransform) and not getattr(t, 'size', None)   # augmentation
+    others = [t for t in tfms if not isinstance(t, (ToTensor,IntToFloatTensor,Normalize)) and not passes(t)]
     return None if others else ReadImage(read.size, read.resize, read.background)
 
 def _one_image(dls):
@@ -433,10 +436,12 @@ def _images_of(dls):
     vocab = list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None
     return dict(read=known_reader(dls), input_size=list(_one_image(dls).shape[-2:]), vocab=vocab)
 
-# %% ../nbs/02_learner.ipynb #98b34381
+# %% ../nbs/02_learner.ipynb #d14b9938
 _meanings = [
-    (EncodedMultiCategorize,'sigmoid'), (MultiCategorize,'sigmoid'), (Categorize,'softmax'), (RegressionSetup,'none'),
-    (nn.BCEWithLogitsLoss,'sigmoid'), (nn.CrossEntropyLoss,'softmax'), (LabelSmoothingCrossEntropy,'softmax')]
+    (EncodedMultiCategorize,'sigmoid'), (MultiCategorize,'sigmoid'), (Categorize,'softmax'),   # subclasses first
+    (RegressionSetup,'none'), (nn.BCEWithLogitsLoss,'sigmoid'), (nn.CrossEntropyLoss,'softmax'),
+    (LabelSmoothingCrossEntropy,'softmax'), (FocalLoss,'softmax')]
+_of_functions = {F.cross_entropy: 'softmax', F.binary_cross_entropy_with_logits: 'sigmoid'}
 
 def output_activation(
     dls:DataLoaders,
@@ -445,9 +450,10 @@ def output_activation(
     "What makes outputs what the target block of `dls` says they are"
     tls = getattr(dls.train_ds, 'tls', [])
     says = [*(tls[-1].tfms.fs if len(tls)>1 else []), getattr(loss_func, 'func', loss_func)]
-    return next((name for cls,name in _meanings if any(isinstance(o, cls) for o in says)), 'none')
+    known = next((name for cls,name in _meanings if any(isinstance(o, cls) for o in says)), None)
+    return known or _of_functions.get(loss_func, 'none')
 
-# %% ../nbs/02_learner.ipynb #30d830c4
+# %% ../nbs/02_learner.ipynb #7a45a5bc
 class ResizerLearner(Learner):
     "A `Learner` of a `ResizerClassifier`; it takes other loaders of the same classes: `learn.dls = get_dls(...)`"
     @property
@@ -464,6 +470,9 @@ class ResizerLearner(Learner):
             f'the model knows the classes {", ".join(model.vocab or ["none by name"])}; these loaders have '
             f'{", ".join(now["vocab"] or ["none by name"])}: give them the same, in the same order')
         if _normalize(self.dls): _add_normalize(dls, model.mean.flatten(), model.std.flatten())
+        norm,mean,std = _normalize(dls),model.mean.flatten().tolist(),model.std.flatten().tolist()
+        if norm and not _same_stats((norm.mean,norm.std), (mean,std)): raise ValueError(
+            f'these loaders normalise otherwise than the model expects: give them Normalize.from_stats({mean}, {std})')
         for k,v in now.items(): setattr(model, k, v)
 
     def one_batch(self, i, b):
@@ -471,22 +480,23 @@ class ResizerLearner(Learner):
         finally:
             for cb in L(self.cbs).filter(risinstance(Autocast)): cb.leave()
 
-# %% ../nbs/02_learner.ipynb #9d93e709
-def _warn_of_other_stats(resizer, mean, std):
-    "A resizer that was saved knows what its images were normalised with"
-    was = getattr(resizer, 'mean', None),getattr(resizer, 'std', None)
-    if is_listy(was[0]) and not np.allclose(was, (mean,std), atol=1e-3):
-        warn(f'this resizer saw images normalised with {was}, and these are with {(mean,std)}: pass stats={was}')
+# %% ../nbs/02_learner.ipynb #16de12c5
+def _warn_of_other_stats(used, wanted, whose):
+    "`wanted` are those of weights or of a resizer that was saved; None where they are not known"
+    if wanted is None or not is_listy(wanted[0]) or _same_stats(used, wanted): return
+    mean,std = map(list, wanted)
+    warn(f'images are normalised with {used}, and {whose} expects {(mean,std)}: '
+         f'give new loaders Normalize.from_stats({mean}, {std})')
 
-# %% ../nbs/02_learner.ipynb #43196676
+# %% ../nbs/02_learner.ipynb #49be8001
 @delegates(create_vision_model)
 def resizer_learner(
     dls:DataLoaders, # Images and targets, at the resizer's input size
     arch:str|Callable, # Body: a function such as `resnet50`, a key of `bodies`, or timm/NAME
     resizer:str|nn.Module='learned', # A key of `resizers`, or a module that maps (B, C, H, W) to (B, C', h, w)
     size:int|tuple=224, # Target size in pixels of a resizer given by name: a number, or (height, width)
-    normalize:bool=True, # Normalise, unless `dls` does
-    stats:tuple=None, # Mean and std to normalise with; by default those of the pretrained weights, else ImageNet's
+    normalize:bool=True, # Normalise with `stats`, unless `dls` normalises or `n_in` does not fit
+    stats:tuple=None, # Mean and std of each channel; by default those of the pretrained weights, else ImageNet's
     n_out:int=None, # Outputs; by default the classes of `dls`
     pretrained:bool=True, # Start the body from ImageNet's weights and freeze it, as `vision_learner` does
     weights=None, # Which of torchvision's weights, such as 'IMAGENET1K_V1'; by default the best
@@ -509,14 +519,17 @@ def resizer_learner(
     "A `Learner` that trains a resizer and a classifier together"
     n_out = ifnone(n_out, get_c(dls))
     if not n_out: raise ValueError('the number of outputs cannot be told from dls: pass n_out')
-    stats = ifnone(stats, body_stats(arch, weights) if pretrained else imagenet_stats)
-    if normalize and n_in==len(stats[0]): _add_normalize(dls, *stats)
+    wanted = ifnone(stats, body_stats(arch, weights) if pretrained else None)
+    to_add = ifnone(wanted, imagenet_stats)
+    if normalize and n_in==len(to_add[0]): _add_normalize(dls, *to_add)
     loss_func = ifnone(loss_func, getattr(dls.train_ds, 'loss_func', None))
     norm = _normalize(dls)
-    mean,std = [o.flatten().tolist() for o in (norm.mean,norm.std)] if norm else ([0.]*n_in,[1.]*n_in)
+    mean,std = [o.flatten().tolist() for o in (norm.mean,norm.std)] if norm else ifnone(stats, (None,None))
     model = ResizerClassifier(arch, n_out, resizer, size, n_in, mean=mean, std=std, **_images_of(dls),
         activation=output_activation(dls, loss_func), pretrained=pretrained, weights=weights, **kwargs)
-    _warn_of_other_stats(model.resizer, mean, std)
+    if norm:
+        _warn_of_other_stats((mean,std), wanted, 'the model')
+        _warn_of_other_stats((mean,std), [getattr(model.resizer, k, None) for k in ('mean','std')], 'this resizer')
     mult = ifnone(lr_mult, getattr(model.resizer, 'lr_mult', 1) if pretrained else 1)
     split = model_meta.get(get_body(arch), {}).get('split', default_split)
     cbs = L(cbs) + [ResizerLR(mult)]*(mult!=1)

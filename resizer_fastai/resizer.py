@@ -47,34 +47,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x): return x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
 
-# %% ../nbs/01_resizer.ipynb #c6ae3a08
-def _start_as_copies(
-    conv:nn.Conv2d, # 1x1, without bias
-):
-    "Start `conv` as copies: each output channel is the input channel of its number, or the mean of all beyond those"
-    n_out,n_in = conv.weight.shape[:2]
-    weight = torch.full((n_out,n_in), 1/n_in)
-    weight[:n_in] = torch.eye(n_in)[:n_out]
-    with torch.no_grad(): conv.weight.copy_(weight[...,None,None])
-    return conv
-
-# %% ../nbs/01_resizer.ipynb #99c27e59
-@contextmanager
-def _statistics_kept(
-    norm:nn.BatchNorm2d,
-):
-    "Let `norm` see a batch a second time without a change of its running statistics"
-    momentum,tracked = norm.momentum,norm.num_batches_tracked.clone()
-    norm.momentum = 0.
-    try: yield
-    finally:
-        norm.momentum = momentum
-        norm.num_batches_tracked.copy_(tracked)
-
-# %% ../nbs/01_resizer.ipynb #66c06687
+# %% ../nbs/01_resizer.ipynb #f3ee98f9
 class Resizer(nn.Module):
     "The learnable resizer of Talebi and Milanfar, ICCV 2021 (arXiv 2103.09950), section 3.1 and figure 3"
-    lr_mult = 0.01 # Its learning rate in front of a pretrained body, as a multiple of the head's
+    lr_mult = 0.01 # Learning rate in front of a pretrained body, as a multiple of the head's (see `resizer_learner`)
 
     def __init__(self,
         size:int|tuple=224, # Target size in pixels: a number, or (height, width)
@@ -117,6 +93,30 @@ class Resizer(nn.Module):
         recompute = self.checkpoint and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         b = self._checkpointed(x, size) if recompute else self.features(x, size)
         return self.out(b + self.merge(self.blocks(b))) + skip
+
+# %% ../nbs/01_resizer.ipynb #869f7450
+def _start_as_copies(
+    conv:nn.Conv2d, # 1x1, without bias
+):
+    "Output channel i starts as input channel i; extra output channels start as the mean of the inputs"
+    n_out,n_in = conv.weight.shape[:2]
+    weight = torch.full((n_out,n_in), 1/n_in)
+    weight[:n_in] = torch.eye(n_in)[:n_out]
+    with torch.no_grad(): conv.weight.copy_(weight[...,None,None])
+    return conv
+
+# %% ../nbs/01_resizer.ipynb #99c27e59
+@contextmanager
+def _statistics_kept(
+    norm:nn.BatchNorm2d,
+):
+    "Let `norm` see a batch a second time without a change of its running statistics"
+    momentum,tracked = norm.momentum,norm.num_batches_tracked.clone()
+    norm.momentum = 0.
+    try: yield
+    finally:
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(tracked)
 
 # %% ../nbs/01_resizer.ipynb #e76a1c26
 class FixedResizer(nn.Module):
@@ -189,16 +189,16 @@ def make_resizer(
     resizer.resizer_name = name
     return resizer
 
-# %% ../nbs/01_resizer.ipynb #dad6b342
+# %% ../nbs/01_resizer.ipynb #3bea239d
 def _plain(o):
-    "`o` as JSON has it: NumPy's numbers as Python's, tuples as lists"
+    "Convert `o` to plain Python, for JSON"
     if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
     return o.item() if hasattr(o, 'item') else o
 
 def resizer_config(
     resizer:nn.Module,
 ) -> dict: # `name`, and the arguments of `make_resizer`
-    "How to make a resizer like this one; ValueError if nothing that is registered makes it, or it lacks an attribute"
+    "How to make a resizer like this one; ValueError if that cannot be told from its name and attributes"
     cls = type(resizer)
     known = (k for k,f in resizers.items() if getattr(f, 'func', f) is cls)
     name = getattr(resizer, 'resizer_name', None) or next(known, None)
@@ -209,9 +209,20 @@ def resizer_config(
     missing = [k for k in args if not hasattr(resizer, k)]
     if missing: raise ValueError(
         f'{cls.__name__} cannot be saved without its attribute {", ".join(missing)}: set self.{missing[0]} in __init__')
-    return dict(name=name) | {k: _plain(getattr(resizer, k)) for k in args}
+    config = dict(name=name) | {k: _plain(getattr(resizer, k)) for k in args}
+    _check_same(resizer, config)
+    return config
 
-# %% ../nbs/01_resizer.ipynb #d0a1cfd1
+def _check_same(resizer, config):
+    "Raise unless `config` gives a resizer of the same layers"
+    try:
+        with torch.random.fork_rng(devices=[]): again = make_resizer(**json.loads(json.dumps(config)))
+    except Exception as e: raise ValueError(f'{config["name"]} cannot be made again from {config}: {e}') from e
+    def layers(m): return [repr(o) for o in m.children()] + [p.shape for p in m.state_dict().values()]
+    if layers(again)!=layers(resizer): raise ValueError(
+        f'{config["name"]} would come back with other layers from {config}: store every argument under its own name')
+
+# %% ../nbs/01_resizer.ipynb #0fe80df8
 def save_resizer(
     resizer:nn.Module,
     file:str|Path, # `.safetensors` is added where it is missing
@@ -219,23 +230,23 @@ def save_resizer(
     std:list=None, # Standard deviation of each channel
 ) -> Path: # The file
     "Save a resizer alone: its weights, and in the header of the file how to make it"
-    file = Path(file).with_suffix('.safetensors') if Path(file).suffix!='.safetensors' else Path(file)
+    config,file = resizer_config(resizer),_weights_file(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    config = resizer_config(resizer) | dict(mean=mean, std=std)
-    save_model(resizer, str(file), metadata=dict(resizer=json.dumps(config)))
+    save_model(resizer, str(file), metadata=dict(resizer=json.dumps(config), stats=json.dumps([mean,std])))
     return file
 
-# %% ../nbs/01_resizer.ipynb #1c29aaf2
+def _weights_file(file): return Path(file) if str(file).endswith('.safetensors') else Path(f'{file}.safetensors')
+
+# %% ../nbs/01_resizer.ipynb #e9c3cbd9
 def load_resizer(
     file:str|Path, # Written by `save_resizer`, with or without `.safetensors`
 ) -> nn.Module: # In evaluation mode, on the CPU, with the `mean` and `std` that it was saved with, or None
     "Load a resizer that was saved alone; ValueError unless every weight fits, or if its name is not registered"
-    file = Path(file) if Path(file).exists() else Path(f'{file}.safetensors')
+    file = _weights_file(file)
     if not file.is_file(): raise FileNotFoundError(f'no resizer in {file}')
     try:
-        with safe_open(file, 'pt') as f: config = json.loads(f.metadata()['resizer'])
-        mean,std = config.pop('mean'),config.pop('std')
-        resizer = make_resizer(**config)
+        with safe_open(file, 'pt') as f: meta = {k: json.loads(v) for k,v in f.metadata().items()}
+        resizer,(mean,std) = make_resizer(**meta['resizer']),meta['stats']
         load_model(resizer, file)
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as e:
         raise ValueError(f'{file} holds no resizer that can be made here: {e}') from e

@@ -90,3 +90,13 @@ def test_resizer_is_copied_moved_and_differentiated(name):
     grad, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     grad.square().sum().backward()   # gradients of gradients
     assert y.dtype == torch.float64 and x.grad.isfinite().all()
+
+def test_every_block_reads_the_block_before_it():
+    resizer, seen = Resizer(32).eval(), []
+    resizer.blocks[1].register_forward_pre_hook(lambda m, inp: seen.append(inp[0]))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        resizer(x)
+        nn.init.zeros_(resizer.blocks[0].bn2.weight)
+        resizer(x)
+    assert not torch.equal(*seen)
