@@ -7,7 +7,7 @@ export MPLBACKEND ?= agg
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help install train sample test test-browser notebooks export clean
+.PHONY: help install train sample test gpu test-browser notebooks export clean
 
 help:       ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ sample: $(INSTALLED)  ## before a release: every arm with three seeds on the set
 
 test: $(INSTALLED)  ## run every notebook as nbdev_test does, then tests/; ARGS="-k name" for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(ARGS)
+
+gpu:        ## test on a GPU, without installing anything; ARGS="--limit 20" for a small version, on a CPU too
+	PYTHONPATH=. $(PYTHON) tests/gpu.py $(ARGS)
 
 test-browser: $(INSTALLED)  ## explore in a real JupyterLab, and reports, in headless Chromium; installs both (Debian, root or sudo)
 	command -v chromedriver >/dev/null || $$([ $$(id -u) = 0 ] || echo sudo) sh -c 'apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver'
