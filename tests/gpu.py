@@ -31,12 +31,13 @@ device = torch.device(default_device())
 if device.type == 'cpu' and not args.limit: sys.exit('gpu.py: no GPU found; --limit 20 runs a small version on the CPU')
 
 def tiny(pretrained):
-    "A ResNet with one block"
-    return nn.Sequential(ConvLayer(3, 16, stride=2), ResBlock(1, 16, 32, stride=2), nn.AdaptiveAvgPool2d(1), nn.Linear(1, 1))
+    "A ResNet with one block, and the pooling that fastai cuts it at"
+    block = ResBlock(1, 16, 32, stride=2)
+    return nn.Sequential(ConvLayer(3, 16, stride=2), block, nn.AdaptiveAvgPool2d(1), nn.Linear(1, 1))
 
 bodies['tiny'] = tiny
-train_on = dict(arch='tiny', size=16, n_steps=20) if args.limit else dict(arch='resnet50', size=64, n_steps=60)
-step_of = dict(arch='resnet18', size=64, out=32, bs=4) if args.limit else dict(arch='resnet50', size=448, out=224, bs=32)
+train_on, step_of = dict(arch='resnet50', size=64, n_steps=60), dict(arch='resnet50', size=448, out=224, bs=32)
+if args.limit: train_on, step_of = dict(arch='tiny', size=16, n_steps=20), dict(arch='resnet18', size=64, out=32, bs=4)
 backend = 'aot_eager' if device.type == 'cpu' else 'inductor'   # which takes minutes on a CPU
 cases = {}
 def case(f): cases[f.__name__] = f
@@ -73,7 +74,8 @@ def dls(): return loaders()
 def learner(*cbs):
     "The same weights each time"
     set_seed(0)
-    return resizer_learner(dls(), train_on['arch'], size=train_on['size'], pretrained=False, cbs=cbs, path=tmp.name, **plain_head)
+    arch, size = train_on['arch'], train_on['size']
+    return resizer_learner(dls(), arch, size=size, pretrained=False, cbs=cbs, path=tmp.name, **plain_head)
 
 class Losses(Callback):
     "Losses and the scaler of training"
@@ -173,7 +175,7 @@ def compiled_model_trains():
 @case
 def cache_on_the_device_changes_no_batch():
     "Equal to batches that two worker processes read; the cache needs none"
-    cached, plain = loaders(cache='device'), loaders(num_workers=2)
+    cached, plain = loaders(cache='device', num_workers=2), loaders(num_workers=2)
     assert cached.train.fake_l.num_workers == 0
     n = 0
     for (x, y), (x2, y2) in zip(cached.valid, plain.valid, strict=True):
@@ -231,10 +233,11 @@ def run(name, f):
     return dict(name=name, ok=ok, seconds=round(seconds, 1), detail=detail)
 
 name = torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()
-versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, fastai=fastai.__version__)
+versions = dict(python=platform.python_version(), fastai=fastai.__version__, torch=torch.__version__)
+versions['cuda'] = torch.version.cuda
 print(f'{device.type}: {name},', ', '.join(f'{k} {v}' for k, v in versions.items()), flush=True)
 results = [run(k, f) for k, f in cases.items()]
-if args.out:
-    Path(args.out).write_text(json.dumps(dict(device=name, versions=versions, args=vars(args), results=results), indent=1))
+report = dict(device=name, versions=versions, args=vars(args), results=results)
+if args.out: Path(args.out).write_text(json.dumps(report, indent=1))
 tmp.cleanup()
 sys.exit(not all(o['ok'] for o in results))
