@@ -360,7 +360,7 @@ def run_report(
     sections = [s for s in sections if s['pictures'] or s['table']]
     return write_report(path/'report.html', path.name, lead, facts, sections)
 
-# %% ../nbs/04_train.ipynb #3619b19b
+# %% ../nbs/04_train.ipynb #645c7406
 _not_of_the_run = ('name','runs','module','resume','overwrite','debug')
 _same_result = ('cache','num_workers')   # they decide how fast images are read, not which
 
@@ -372,6 +372,8 @@ def train_options(
 ) -> AttrDict:
     "All options of a run, complete and checked as far as that is possible without its data"
     defaults = {k: p.default for k,p in inspect.signature(resizer_train).parameters.items()}
+    unknown = given.keys()-defaults.keys()
+    if unknown: raise TypeError(f'resizer_train() got an unexpected keyword argument {first(unknown)!r}')
     o = AttrDict({k:v for k,v in (defaults | given).items() if k not in _not_of_the_run})
     if o.pretrained and (o.recipe!='plain' or o.schedule or o.init_from): raise ValueError(
         'pretrained weights are trained with fine_tune: leave recipe, schedule and init_from out')
@@ -381,6 +383,7 @@ def train_options(
     for k in ('epochs','bs'):
         if o[k]<1: raise ValueError(f'{k} is 1 or more: got {o[k]}')
     o.data,o.size,o.out = data_name(o.data),parse_size(o.size),parse_size(o.out)
+    o.init_from = o.init_from and str(o.init_from)
     return AttrDict(json.loads(json.dumps(o)))   # as `run.json` gives it back
 
 # %% ../nbs/04_train.ipynb #d26091b5

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from resizer_fastai.train import read_run
 
-small = '--data sample --limit 20 --arch resnet18 --size 64 --out 32 --bs 10 --num_workers 0 --precision fp32 --epochs 4'.split()
+small = '--data sample --limit 20 --arch squeezenet1_1 --size 64 --out 32 --bs 10 --num_workers 0 --precision fp32 --epochs 4'.split()
 
 def process(*args, cwd, **kwargs):
     command = [Path(sys.executable).parent/'resizer_train', *small, *map(str, args)]

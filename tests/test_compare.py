@@ -6,7 +6,7 @@ from resizer_fastai.compare import (by_seed, collect_runs, resizer_compare, resu
                                     write_comparison)
 from resizer_fastai.train import resizer_train, run_name, train_options
 
-small = dict(data='sample', arch='resnet18', size=64, out=32, limit=20, bs=10, epochs=1, num_workers=0, precision='fp32')
+small = dict(data='sample', arch='squeezenet1_1', size=64, out=32, limit=20, bs=10, epochs=1, num_workers=0, precision='fp32')
 made_up = dict(bilinear=60, blurred=66, none=70, learned=62)
 
 def runs(accuracy=made_up, seeds=(0, 1, 2, 3), noise=0.3):
@@ -87,4 +87,4 @@ def test_dry_run_prints_commands_that_parse(capsys, tmp_path):
     assert len(lines) == 4 and not (tmp_path/'a b').exists()
     parsed = [anno_parser(resizer_train).parse_args(shlex.split(o)[1:]) for o in lines]
     assert {(o.resizer, o.seed) for o in parsed} == {(r, s) for r in ('bilinear', 'none') for s in (3, 4)}
-    assert all(not o.flip and o.resume and o.runs == str(tmp_path/'a b'/'sample-resnet18-compare') for o in parsed)
+    assert all(not o.flip and o.resume and o.runs == str(tmp_path/'a b'/'sample-squeezenet1_1-compare') for o in parsed)

@@ -3,7 +3,7 @@ import os, pickle, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from conftest import needs_timm
-from fastai.vision.all import Callback, resnet18, set_seed
+from fastai.vision.all import Callback, set_seed, squeezenet1_1
 from fastcore.script import anno_parser
 from resizer_fastai import train
 from resizer_fastai.data import draw_sample
@@ -12,7 +12,7 @@ from resizer_fastai.show import Film
 from resizer_fastai.train import (Checkpoint, MetricsLog, fit_recipe, load_run, read_run, resizer_train, run_learner,
                                   train_options)
 
-small = dict(data='sample', limit=20, arch='resnet18', size=64, out=32, bs=10, num_workers=0, precision='fp32')
+small = dict(data='sample', limit=20, arch='squeezenet1_1', size=64, out=32, bs=10, num_workers=0, precision='fp32')
 
 def flags(**kwargs): return [o for k, v in kwargs.items() for o in (f'--{k}', str(v))]
 
@@ -76,7 +76,7 @@ def epochs(path, *cbs, **kwargs):
     pytest.param(2, dict(recipe='muon'), marks=needs_timm)], ids=str)
 def test_resume_after_any_epoch_of_any_recipe(tmp_path, monkeypatch, at, kwargs):
     "`fine_tune` after its frozen epoch and after its first open one, too"
-    monkeypatch.setitem(bodies, 'fake', lambda pretrained=True: resnet18())
+    monkeypatch.setitem(bodies, 'fake', lambda pretrained=True: squeezenet1_1())
     whole = epochs(tmp_path/'whole', **kwargs)
     with pytest.raises(KeyboardInterrupt): epochs(tmp_path/'broken', Stop(at), **kwargs)
     resumed = epochs(tmp_path/'broken', **kwargs)
@@ -158,7 +158,7 @@ def test_module_registers_a_resizer(tmp_path):
     p = process(*args, '--module', 'mine', cwd=tmp_path)
     out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err
-    assert read_run(tmp_path/'runs'/'sample-resnet18-tiny-42')['parameters']['resizer'] < 1000
+    assert read_run(tmp_path/'runs'/'sample-squeezenet1_1-tiny-42')['parameters']['resizer'] < 1000
 
 def test_load_run_gives_the_predictions_that_were_written(quick):
     path = quick(resizer='bilinear').path
@@ -168,7 +168,7 @@ def test_load_run_gives_the_predictions_that_were_written(quick):
 
 def test_init_from_refuses_another_body_split_or_classes(quick, tmp_path):
     base = quick(name='base').path
-    for kwargs, says in ((dict(arch='resnet34'), 'has the body resnet18'), (dict(valid_pct=0.5), 'trained with valid_pct None')):
+    for kwargs, says in ((dict(arch='squeezenet1_0'), 'has the body squeezenet1_1'), (dict(valid_pct=0.5), 'trained with valid_pct None')):
         with pytest.raises(ValueError, match=says): quick(name='new', init_from=base, **kwargs)
     assert not (tmp_path/'new').exists()
 
