@@ -81,7 +81,7 @@ def results_table(
         table.loc[name, ['share','share_low','share_high']] = share_of_detail(runs, name)
     return table
 
-# %% ../nbs/05_compare.ipynb #eca392e1
+# %% ../nbs/05_compare.ipynb #341073f8
 def sentences(
     runs:pd.DataFrame, # As for `results_table`
     base:str='bilinear', # The resizer that the others are compared with
@@ -91,10 +91,11 @@ def sentences(
     said,table,worth = [],results_table(runs, base),headroom(runs)
     for name,r in table.drop(base).iterrows():
         figure = f'{name} is {abs(r.difference):.2f} percentage points {"above" if r.difference>=0 else "below"} {base}'
-        if r.pairs<3: said.append(f'{figure} with {r.pairs:.0f} seed{"" if r.pairs==1 else "s"}: too few for a verdict.')
+        seeds = f'{r.pairs:.0f} seed{"" if r.pairs==1 else "s"}'
+        if r.pairs<3: said.append(f'{figure} with {seeds}: too few for a verdict.')
         else:
             verdict = 'This is more than seeds explain.' if r.low>0 or r.high<0 else 'Seeds alone could explain it.'
-            said.append(f'{figure} (95 % interval {r.low:+.2f} to {r.high:+.2f}, {r.pairs:.0f} seeds). {verdict}')
+            said.append(f'{figure} (95 % interval {r.low:+.2f} to {r.high:+.2f}, {seeds}). {verdict}')
     if not worth.empty: said += _headroom_sentences(worth, table)
     if n_valid and n_valid<200: said.append(f'Only {n_valid} validation images: one is {100/n_valid:.1f} points.')
     return said

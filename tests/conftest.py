@@ -26,3 +26,12 @@ def command(capfd, monkeypatch, tmp_path):
     return run
 
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes long, and runs in `make test-all` only')
+
+def make_images(root, names, size=(40, 40)):
+    "Small drawn images at `root`/name for each of `names`"
+    from resizer_fastai.data import draw_sample
+    for i, name in enumerate(names):
+        file = root/name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw_sample(i % 10, i, max(size)).resize(size).save(file)
+    return root

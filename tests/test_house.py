@@ -50,11 +50,14 @@ def test_imports_go_upwards_only(name):
 def test_no_private_name_of_pytorch(name):
     "No custom autograd function and no custom operator either"
     code = re.sub(r'"[^"\n]*"|#.*', '', source(name))
-    found = re.findall(r'\btorch(?:\.\w+)*\._\w+|\bfrom torch[\w.]* import .*\b_\w+|torch\.ops\b|autograd\.Function|custom_op\b|\bnn(?:\.\w+)*\._\w+', code)
+    found = re.findall(r'\b(?:torch|nn)(?:\.\w+)*\._(?!_)\w+|\bfrom torch[\w.]* import .*\b_\w+|torch\.ops\b|autograd\.Function|custom_op\b', code)
     assert not found
 
 @pytest.mark.parametrize('name', modules)
-def test_lines_have_at_most_120_characters(name): assert not [o for o in source(name).splitlines() if len(o) > 120]
+def test_lines_have_at_most_120_characters(name):
+    "But for the names that nbdev lists"
+    code = re.sub(r'__all__ = \[.*?\]', '', source(name), flags=re.DOTALL)
+    assert not [o for o in code.splitlines() if len(o) > 120]
 
 def test_resizer_module_needs_torch_only():
     code = "import sys, resizer_fastai.resizer; print([m for m in ('fastai', 'matplotlib', 'pandas', 'nbdev') if m in sys.modules])"

@@ -59,7 +59,7 @@ def test_checkpoint_saves_less_than_half_of_the_activations():
     x = torch.rand(2, 3, 224, 224)
     assert saved_bytes(Resizer(112, checkpoint=True), x) <= 0.45*saved_bytes(plain, x)
 
-@pytest.mark.parametrize('checkpoint', [False, True])
+@pytest.mark.parametrize('checkpoint', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_resizer_is_the_plain_one(checkpoint):
     plain = Resizer(16, checkpoint=checkpoint)
     other = deepcopy(plain)

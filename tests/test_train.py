@@ -73,7 +73,7 @@ def epochs(path, *cbs, **kwargs):
 
 @pytest.mark.parametrize('at,kwargs', [
     (1, {}), (1, dict(pretrained=True, arch='fake')), (2, dict(pretrained=True, arch='fake')), (2, dict(opt='sgd', schedule='steps')),
-    pytest.param(2, dict(recipe='muon'), marks=needs_timm)], ids=str)
+    pytest.param(2, dict(recipe='muon'), marks=[needs_timm, pytest.mark.slow])], ids=str)
 def test_resume_after_any_epoch_of_any_recipe(tmp_path, monkeypatch, at, kwargs):
     "`fine_tune` after its frozen epoch and after its first open one, too"
     monkeypatch.setitem(bodies, 'fake', lambda pretrained=True: squeezenet1_1())
@@ -149,6 +149,7 @@ def test_command_in_run_json_makes_the_same_run(quick, tmp_path):
     parsed = anno_parser(resizer_train).parse_args(shlex.split(run['command'])[1:])
     assert train_options(**{k: v for k, v in vars(parsed).items() if k not in ('pdb', 'xtra')}) == run['args']
 
+@pytest.mark.slow
 def test_module_registers_a_resizer(tmp_path):
     (tmp_path/'mine.py').write_text('from functools import partial\nfrom resizer_fastai.all import *\n'
                                     "resizers['tiny'] = partial(Resizer, num_kernels=2, num_resblocks=0)")
