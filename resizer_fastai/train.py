@@ -386,15 +386,16 @@ def train_options(
     o.init_from = o.init_from and str(o.init_from)
     return AttrDict(json.loads(json.dumps(o)))   # as `run.json` gives it back
 
-# %% ../nbs/04_train.ipynb #d26091b5
+# %% ../nbs/04_train.ipynb #f92d4be0
 def command_of(
     o:dict, # Options of `resizer_train`
     name:str='resizer_train', # Of the command
 ) -> str:
     "The command line for some options, for a shell"
     def said(k, v): return f'--{"no-"*(v is False)}{k}' if isinstance(v, bool) else f'--{k} {shlex.quote(_sizes(v))}'
-    off = [k for k,p in inspect.signature(resizer_train).parameters.items() if p.default is False]
-    return ' '.join([name, *[said(k, v) for k,v in o.items() if v is not None and not (k in off and not v)]])
+    defaults = {k: p.default for k,p in inspect.signature(resizer_train).parameters.items()}
+    def is_off(k, v): return v is None or isinstance(v, bool) and v is defaults.get(k)
+    return ' '.join([name, *[said(k, v) for k,v in o.items() if not is_off(k, v)]])
 
 def run_name(
     o:dict, # Options, from `train_options`

@@ -144,8 +144,9 @@ def test_unfinished_run_wants_resume(quick, monkeypatch, tmp_path):
     interrupted(quick, monkeypatch, 'finish_run', name='run')
     with pytest.raises(ValueError, match='is not finished: go on with --resume, or --overwrite it'): quick(name='run')
 
-def test_command_in_run_json_makes_the_same_run(quick, tmp_path):
-    run = read_run(quick(name='one', size='64x48', flip=False, seed=7).path)
+@pytest.mark.parametrize('flip', [True, False])
+def test_command_in_run_json_makes_the_same_run(quick, flip):
+    run = read_run(quick(name='one', size='64x48', flip=flip, seed=7).path)
     parsed = anno_parser(resizer_train).parse_args(shlex.split(run['command'])[1:])
     assert train_options(**{k: v for k, v in vars(parsed).items() if k not in ('pdb', 'xtra')}) == run['args']
 
