@@ -72,6 +72,8 @@ def test_pretrained_body_freezes_and_slows_the_resizer(dls, body, tmp_path):
     learn = resizer_learner(dls, body, size=32, path=tmp_path)
     assert [cb.mult for cb in learn.cbs if isinstance(cb, ResizerLR)] == [0.01]
     assert learn.resizer.zero_init and learn.opt.frozen_idx > 0
+    trains = {k: any(p.requires_grad for p in m.parameters() if p.ndim > 1) for k, m in learn.model.named_children()}
+    assert trains == dict(resizer=True, body=False, head=True)
     assert not [cb for cb in resizer_learner(dls, body, 'muller', size=32).cbs if isinstance(cb, ResizerLR)]
     assert not [cb for cb in resizer_learner(dls, body, size=32, lr_mult=1).cbs if isinstance(cb, ResizerLR)]
 
@@ -212,6 +214,13 @@ def test_autocast_scales_gradients_and_skips_steps(learn, monkeypatch):
     before = [p.clone() for p in learn.model.parameters()]
     fit(learn, cbs=[Autocast(torch.float16, init_scale=2.**127)])
     assert all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
+
+def test_autocast_is_off_after_an_interrupted_batch(learn):
+    def interrupt(*args): raise KeyboardInterrupt
+    learn.add_cb(Autocast())
+    learn.model.body[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt): fit(learn)
+    assert not torch.is_autocast_enabled('cpu')
 
 def test_recalibrate_bn_measures_trained_norms_only(dls, learn):
     learn.add_cb(RecalibrateBN(2))
