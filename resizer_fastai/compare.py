@@ -6,8 +6,8 @@
 __all__ = ['parts', 'by_seed', 'interval', 'headroom', 'share_of_detail', 'results_table', 'sentences', 'collect_runs',
            'markdown', 'plot_runs', 'write_comparison', 'resizer_compare']
 
-# %% ../nbs/05_compare.ipynb #c301d04d
-import gc, shlex
+# %% ../nbs/05_compare.ipynb #cb6c9143
+import gc
 from fastai.vision.all import *
 from scipy import stats
 from .data import cli_command

@@ -70,7 +70,7 @@ def make_classifier(
 # %% ../nbs/02_learner.ipynb #29e0de36
 plain_head = dict(lin_ftrs=[], ps=0., concat_pool=False, first_bn=False, init=None)
 
-# %% ../nbs/02_learner.ipynb #32f5feae
+# %% ../nbs/02_learner.ipynb #9dd229f6
 def body_stats(
     arch:str|Callable, # As for `get_body`
     weights=None, # Which of torchvision's weights; by default the best
@@ -81,7 +81,7 @@ def body_stats(
         from timm import get_pretrained_cfg
         cfg = get_pretrained_cfg(make)
         return list(cfg.mean), list(cfg.std)
-    if not make.__module__.startswith('torchvision.'): return imagenet_stats
+    if not make.__module__.startswith('torchvision.'): return model_meta.get(make, {}).get('stats', imagenet_stats)
     known = torchvision.models.get_model_weights(make)
     preset = (known[weights] if isinstance(weights, str) else ifnone(weights, known.DEFAULT)).transforms()
     return list(preset.mean), list(preset.std)

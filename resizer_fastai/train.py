@@ -9,8 +9,8 @@ __all__ = ['schedules', 'sgd', 'optimizers', 'recipes', 'captions', 'fit_flat_co
            'made_with', 'run_report', 'train_options', 'command_of', 'run_name', 'other_options', 'only_process',
            'train_run', 'resizer_train', 'import_user_module', 'load_run']
 
-# %% ../nbs/04_train.ipynb #235bcccc
-import fastai, platform, shlex, shutil, subprocess, torchvision
+# %% ../nbs/04_train.ipynb #6506b670
+import platform, shlex, shutil, subprocess
 from collections import Counter
 from fastai.vision.all import *
 from filelock import FileLock, Timeout
@@ -61,32 +61,37 @@ def start_as_xresnet(
     for o in body.modules():
         if isinstance(o, (BasicBlock,Bottleneck)): nn.init.zeros_(getattr(o, 'bn3', o.bn2).weight)
 
-# %% ../nbs/04_train.ipynb #85337e0e
+# %% ../nbs/04_train.ipynb #d7c5135d
 def run_learner(
     o:dict, # Options, from `train_options`
     path:Path=Path(), # Where the learner writes
     cbs=None, # More callbacks
+    like:ResizerClassifier=None, # Normalise as this model, and make a head like its own
 ) -> ResizerLearner:
     "The learner that the options of `resizer_train` describe"
+    start = ResizerClassifier.from_pretrained(Path(o.init_from)/'model') if o.init_from else None
+    like = like or start
+    stats = [getattr(like, k).flatten().tolist() for k in ('mean','std')] if like else None
+    head = like.head_args if like else {} if o.pretrained else plain_head
     reads = {k: o[k] for k in ('bs','resize','min_scale','flip','valid_pct','limit','noisy','cache','num_workers')}
     set_seed(o.seed)
     dls = get_dls(o.data, o.size, **reads)
     set_seed(o.seed)
     learn = resizer_learner(
-        dls, o.arch, o.resizer, o.out, pretrained=o.pretrained, lr_mult=o.lr_mult, opt_func=optimizers[o.opt],
-        loss_func=LabelSmoothingCrossEntropyFlat(eps=0.1), metrics=accuracy, path=path, model_dir='checkpoint',
-        cbs=[ChannelsLast(), FiniteLoss(), RecalibrateBN(), *precision_cbs(o.precision, dls.device), *L(cbs)],
-        **({} if o.pretrained else plain_head))
+        dls, o.arch, o.resizer, o.out, stats=stats, pretrained=o.pretrained, lr_mult=o.lr_mult, path=path,
+        loss_func=LabelSmoothingCrossEntropyFlat(eps=0.1), metrics=accuracy, opt_func=optimizers[o.opt],
+        model_dir='checkpoint',
+        cbs=[ChannelsLast(), FiniteLoss(), RecalibrateBN(), *precision_cbs(o.precision, dls.device), *L(cbs)], **head)
     set_seed(o.seed)   # whatever the resizer has drawn
     if o.recipe=='muon': start_as_xresnet(learn.model.body)
-    if o.init_from: _init_from(learn, o)
+    if start: _init_from(learn, o, start)
     if o.compile: learn.model.compile()
     return learn
 
-# %% ../nbs/04_train.ipynb #fe36ce4f
-def _init_from(learn, o):
-    "Take body and head from the finished run in the folder `o.init_from`"
-    was,there = finished_run(o.init_from)['args'],ResizerClassifier.from_pretrained(Path(o.init_from)/'model')
+# %% ../nbs/04_train.ipynb #89aaa183
+def _init_from(learn, o, there):
+    "Take body and head from `there`, the model of the finished run in the folder `o.init_from`"
+    was = finished_run(o.init_from)['args']
     if there.arch!=o.arch or there.vocab!=learn.model.vocab: raise ValueError(
         f'{o.init_from} has the body {there.arch} and the classes {", ".join(there.vocab)}: train those')
     if was['data']==data_name(o.data) and was['valid_pct']!=o.valid_pct: raise ValueError(
@@ -524,16 +529,16 @@ def import_user_module(
     if '' not in sys.path: sys.path.insert(0, '')
     import_module(name)
 
-# %% ../nbs/04_train.ipynb #e12afc1b
+# %% ../nbs/04_train.ipynb #0189b5c9
 def load_run(
     path:str|Path, # Folder of a finished run, whose data are where they were
 ) -> ResizerLearner: # With the run's model and data, and the run folder as its `path`
     "A learner to look at a finished run with; ValueError if the data have other classes now"
     path = Path(path)
     args = finished_run(path)['args'] | dict(pretrained=False, init_from=None, compile=False)
-    learn = run_learner(AttrDict(args), path)
-    model = ResizerClassifier.from_pretrained(path/'model').to(learn.dls.device)
+    model = ResizerClassifier.from_pretrained(path/'model')
+    learn = run_learner(AttrDict(args), path, like=model)
     if model.vocab!=learn.model.vocab: raise ValueError(
         f'{path} knows the classes {", ".join(model.vocab)}; {args["data"]} has {", ".join(learn.model.vocab)} now')
-    learn.model = model
+    learn.model = model.to(learn.dls.device)
     return learn

@@ -236,9 +236,11 @@ def test_recalibrate_bn_measures_trained_norms_only(dls, learn):
     torch.testing.assert_close(measured, torch.stack(means).mean(0), rtol=1e-3, atol=1e-5)
 
 def test_finite_loss_lets_lr_find_end(learn):
-    "Where a fit would raise FloatingPointError"
+    "Where a fit would raise FloatingPointError; the weights are as before"
     learn.add_cb(FiniteLoss())
+    before = [p.clone() for p in learn.model.parameters()]
     with learn.no_bar(), learn.no_logging(): learn.lr_find(1e3, 1e9, num_it=4, show_plot=False, stop_div=False, suggest_funcs=None)
+    assert all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
 
 @pytest.mark.slow
 def test_compiled_learner_trains_as_the_eager_one(dls, tmp_path):

@@ -3,7 +3,7 @@ import os, pickle, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from conftest import needs_timm
-from fastai.vision.all import Callback, set_seed, squeezenet1_1
+from fastai.vision.all import Callback, default_split, model_meta, set_seed, squeezenet1_1
 from fastcore.script import anno_parser
 from resizer_fastai import train
 from resizer_fastai.data import draw_sample
@@ -167,6 +167,16 @@ def test_load_run_gives_the_predictions_that_were_written(quick):
     learn = load_run(path)
     with learn.no_bar(): preds, _ = learn.get_preds()
     np.testing.assert_allclose(preds, np.load(path/'preds.npz')['probs'], atol=1e-4)
+
+def test_pretrained_run_is_loaded_and_started_from_with_its_own_statistics_and_head(quick, monkeypatch):
+    def fake(pretrained=True): return squeezenet1_1()
+    monkeypatch.setitem(bodies, 'fake', fake)
+    monkeypatch.setitem(model_meta, fake, dict(cut=None, split=default_split, stats=([0.5]*3, [0.25]*3)))
+    path = quick(arch='fake', resizer='bilinear', pretrained=True).path
+    for learn in (load_run(path), run_learner(train_options(**small | dict(arch='fake', resizer='muller', init_from=path)))):
+        assert learn.dls.after_batch.fs[-1].mean.flatten().tolist() == [0.5]*3
+        with learn.no_bar(): preds, _ = learn.get_preds()
+        np.testing.assert_allclose(preds, np.load(path/'preds.npz')['probs'], atol=1e-4)
 
 def test_init_from_refuses_another_body_split_or_classes(quick, tmp_path):
     base = quick(name='base').path
