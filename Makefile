@@ -7,10 +7,10 @@ export MPLBACKEND ?= agg
 export PYTHONWARNINGS ?= ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all drills gpu size notebooks export clean
+.PHONY: help install train test test-all test-newest drills gpu size notebooks export clean
 
 help:       ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv and install the pinned set (several GB, once)
 
@@ -30,6 +30,15 @@ test: $(INSTALLED)  ## run the notebooks of the library as nbdev_test does, then
 test-all: $(INSTALLED)  ## what test does, the tutorials, and the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(ARGS)
+
+test-newest: ## install the library without nbdev and with the newest fastai in an empty environment, and test it there
+	rm -rf build
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip wheel --no-deps -w build .
+	build/newest/bin/python -m pip install build/*.whl pytest pytest-xdist hypothesis
+	cp -r tests README.md build
+	cd build && OMP_NUM_THREADS=1 newest/bin/python -m pytest tests/test_readme.py $(ARGS)
+	cd build && OMP_NUM_THREADS=1 newest/bin/python -m pytest tests -n 2 -m 'not slow' $(ARGS)
 
 drills: $(INSTALLED)  ## kill runs at random moments, train for minutes and watch the memory, fill the disk; by hand
 	$(BIN)/python -m pytest tests/drills.py -s $(ARGS)

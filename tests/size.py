@@ -7,10 +7,8 @@ repo = Path(__file__).parent.parent
 skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 
 def tokens(source):
-    "Words of code: strings count a token for every four characters, as templates and messages are code as well; comments do not count"
-    found = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in skipped]
-    strings = (tokenize.STRING, getattr(tokenize, 'FSTRING_MIDDLE', tokenize.STRING))
-    return sum(1+len(t.string)//4 if t.type in strings else 1 for t in found)
+    "Tokens as Python's `tokenize` finds them; strings count, comments do not"
+    return sum(t.type not in skipped for t in tokenize.generate_tokens(io.StringIO(source).readline))
 
 def is_shown(source):
     "Whether a line of a lesson shows something: an assertion, a value at the end of a cell, a picture"

@@ -1,9 +1,9 @@
 "A comparison pairs runs by seed, and refuses what would be none."
 import json, shlex
 import numpy as np, pandas as pd, pytest
-from fastcore.script import anno_parser
 from resizer_fastai.compare import (by_seed, collect_runs, resizer_compare, results_table, sentences, share_of_detail,
                                     write_comparison)
+from resizer_fastai.data import command_parser
 from resizer_fastai.train import resizer_train, run_name, train_options
 
 small = dict(data='sample', arch='squeezenet1_1', size=64, out=32, limit=20, bs=10, epochs=1, num_workers=0, precision='fp32')
@@ -81,10 +81,16 @@ def test_cost_is_the_time_of_an_epoch_in_those_of_the_base():
     table.loc[table.resizer == 'none', 'epoch_seconds'] = 35.
     assert results_table(table).cost.to_dict() == dict(bilinear=1, none=3.5)
 
+def test_base_is_trained_too_and_names_may_be_lists_or_have_spaces(capsys, tmp_path):
+    for names, seeds in (('none,learned', '0, 1'), (['none', 'learned'], [0, 1]), ('none, learned,bilinear', '0,1')):
+        resizer_compare(names, seeds=seeds, dry_run=True, runs=tmp_path, **small)
+        lines = [vars(command_parser(resizer_train).parse_args(shlex.split(o)[1:])) for o in capsys.readouterr().out.splitlines()]
+        assert [(o['resizer'], o['seed']) for o in lines] == [(r, s) for s in (0, 1) for r in ('bilinear', 'none', 'learned')]
+
 def test_dry_run_prints_commands_that_parse(capsys, tmp_path):
     resizer_compare('bilinear,none', seeds='3,4', dry_run=True, runs=tmp_path/'a b', flip=False, **small)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and not (tmp_path/'a b').exists()
-    parsed = [anno_parser(resizer_train).parse_args(shlex.split(o)[1:]) for o in lines]
+    parsed = [command_parser(resizer_train).parse_args(shlex.split(o)[1:]) for o in lines]
     assert {(o.resizer, o.seed) for o in parsed} == {(r, s) for r in ('bilinear', 'none') for s in (3, 4)}
     assert all(not o.flip and o.resume and o.runs == str(tmp_path/'a b'/'sample-squeezenet1_1-compare') for o in parsed)

@@ -1,13 +1,14 @@
 "Runs that are interrupted go on as if they had not been, and nothing in a run folder can run."
 import os, pickle, shlex, signal, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from conftest import needs_timm
 from fastai.vision.all import Callback, default_split, model_meta, set_seed, squeezenet1_1
-from fastcore.script import anno_parser
 from resizer_fastai import train
-from resizer_fastai.data import draw_sample
+from resizer_fastai.data import command_parser, draw_sample
 from resizer_fastai.learner import FiniteLoss, bodies
+from resizer_fastai.resizer import resizers
 from resizer_fastai.show import Film
 from resizer_fastai.train import (Checkpoint, MetricsLog, fit_recipe, load_run, read_run, resizer_train, run_learner,
                                   train_options)
@@ -31,6 +32,7 @@ def quick(no_pictures, tmp_path):
 def process(*args, cwd): return subprocess.Popen([Path(sys.executable).parent/'resizer_train', *map(str, args)], cwd=cwd, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=os.environ | dict(PYTHONWARNINGS='ignore', OMP_NUM_THREADS='1'))
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_weights(tmp_path):
     "SIGKILL after the first checkpoint"
     args = flags(epochs=4, **small)
@@ -118,7 +120,7 @@ def test_checkpoint_that_is_none_is_refused_and_not_executed(quick, monkeypatch,
     monkeypatch.chdir(tmp_path)
     interrupted(quick, monkeypatch, 'finish_run', name='run')
     (tmp_path/'run'/'checkpoint'/'last.pth').write_bytes(content)
-    with pytest.raises(ValueError, match='last.pth cannot be read .* remove it, and the run begins anew'): quick(name='run', resume=True)
+    with pytest.raises(ValueError, match='last.pth cannot be read.* remove it, and the run begins anew'): quick(name='run', resume=True)
     assert not (tmp_path/'executed').exists()
 
 def test_payload_in_a_zip_checkpoint_is_refused(quick, monkeypatch, tmp_path):
@@ -147,8 +149,8 @@ def test_unfinished_run_wants_resume(quick, monkeypatch, tmp_path):
 @pytest.mark.parametrize('flip', [True, False])
 def test_command_in_run_json_makes_the_same_run(quick, flip):
     run = read_run(quick(name='one', size='64x48', flip=flip, seed=7).path)
-    parsed = anno_parser(resizer_train).parse_args(shlex.split(run['command'])[1:])
-    assert train_options(**{k: v for k, v in vars(parsed).items() if k not in ('pdb', 'xtra')}) == run['args']
+    parsed = command_parser(resizer_train).parse_args(shlex.split(run['command'])[1:])
+    assert train_options(**vars(parsed)) == run['args']
 
 @pytest.mark.slow
 def test_module_registers_a_resizer(tmp_path):
@@ -160,7 +162,32 @@ def test_module_registers_a_resizer(tmp_path):
     p = process(*args, '--module', 'mine', cwd=tmp_path)
     out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err
-    assert read_run(tmp_path/'runs'/'sample-squeezenet1_1-tiny-42')['parameters']['resizer'] < 1000
+    run = read_run(tmp_path/'runs'/'sample-squeezenet1_1-tiny-42')
+    assert run['parameters']['resizer'] < 1000 and '--module mine' in run['command']
+
+class Forgetful(torch.nn.Identity):
+    "It does not keep its size"
+    def __init__(self, size): super().__init__()
+
+@pytest.mark.parametrize('resizer,says', [
+    (Forgetful, 'cannot be saved without its attribute size'), (torch.nn.ReLU, "makes no resizer of size=32: .*unexpected keyword argument 'size'"),
+    (partial(resizers['muller'], num_layers=3), "'num_layers': 2"), (torch.nn.Identity(), 'makes no resizer')], ids=['forgetful', 'without size', 'changed', 'instance'])
+def test_resizer_that_would_fail_after_training_is_refused_before_it(quick, monkeypatch, tmp_path, resizer, says):
+    monkeypatch.setitem(resizers, 'mine', resizers['muller'])
+    if 'num_layers' in says: quick(name='run', resizer='mine')
+    monkeypatch.setitem(resizers, 'mine', resizer)
+    with pytest.raises(ValueError, match=says): quick(name='run', resizer='mine')
+    assert (tmp_path/'run').exists() == ('num_layers' in says)
+
+def test_resumed_run_of_a_resizer_with_other_layers_is_refused(quick, monkeypatch):
+    "Its arguments are the same"
+    class Mine(torch.nn.Conv2d):
+        kernel = 3
+        def __init__(self, size): super().__init__(3, 3, self.kernel, padding='same'); self.size = size
+    monkeypatch.setitem(resizers, 'mine', Mine)
+    interrupted(quick, monkeypatch, 'finish_run', name='run', resizer='mine')
+    Mine.kernel = 5
+    with pytest.raises(ValueError, match='last.pth cannot be read, or is of another model'): quick(name='run', resizer='mine', resume=True)
 
 def test_load_run_gives_the_predictions_that_were_written(quick):
     path = quick(resizer='bilinear').path
