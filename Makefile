@@ -54,7 +54,7 @@ export: $(INSTALLED)  ## write the library from the notebooks
 
 notebooks: $(INSTALLED)  ## export, run every notebook in Jupyter and keep its outputs, then clean
 	$(BIN)/nbdev_export
-	MPLBACKEND= $(BIN)/jupyter execute --inplace $(NOTEBOOKS)
+	env -u MPLBACKEND $(BIN)/jupyter execute --inplace $(NOTEBOOKS)
 	$(BIN)/nbdev_clean
 
 clean:      ## remove what the commands wrote, except .venv and runs

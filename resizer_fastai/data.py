@@ -130,7 +130,7 @@ def _rgb(im, background):
         im = Image.alpha_composite(Image.new('RGBA', im.size, background), im)
     return im.convert('RGB')
 
-# %% ../nbs/00_data.ipynb #a550517a
+# %% ../nbs/00_data.ipynb #7a158a4c
 def _read(file, background=mean_colour):
     "An image file, or the bytes of one, in RGB, and whether it was complete; OSError if it cannot be read"
     def read():
@@ -141,6 +141,7 @@ def _read(file, background=mean_colour):
         with suppress(Exception): return read(), True
         strict,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,True
         try: return read(), False
+        except FileNotFoundError: raise
         except Exception as e: raise OSError(f'{"bytes" if isinstance(file, bytes) else file}: {e}') from e
         finally: ImageFile.LOAD_TRUNCATED_IMAGES = strict
 
@@ -160,17 +161,25 @@ def _hw(size):
 
 def _colour(o): return ImageColor.getrgb(o)[:3] if isinstance(o, str) else tuple(o)
 
-# %% ../nbs/00_data.ipynb #44143fd0
+# %% ../nbs/00_data.ipynb #8a2cf8b5
+def _from_array(o):
+    "A PIL image of an array"
+    try: return Image.fromarray(np.asarray(o))
+    except (TypeError, ValueError): raise ValueError(
+        'an image is a file name, bytes, an open file, a PIL image, or a uint8 array or tensor of shape (H, W), '
+        f'(H, W, 3) or (H, W, 4): got {type(o).__name__} {getattr(o, "dtype", "")} {list(getattr(o, "shape", []))}') from None
+
+# %% ../nbs/00_data.ipynb #f3d1cccd
 def read_image(
-    o, # A file name, bytes, a PIL image, or a uint8 array or tensor of shape (H, W), (H, W, 3) or (H, W, 4)
+    o, # A file name, bytes, an open file, a PIL image, or a uint8 array or tensor (H, W), (H, W, 3) or (H, W, 4)
     size:int|tuple=None, # In pixels: a number, or (height, width); by default the image's own
     resize:str='squish', # 'squish', 'crop' the largest centred box of the same shape, or 'pad' with `background`
     background:tuple|str=mean_colour, # Colour (red, green, blue), 0 to 255, or a name that Pillow knows
 ) -> Tensor: # uint8, of shape (3, height, width)
-    "Any image as upright RGB at `size`; OSError if it cannot be read"
+    "Any image as upright RGB at `size`; OSError if it cannot be read, ValueError if it is no image"
     background = _colour(background)
-    if isinstance(o, (str,Path,bytes)): im,_ = _read(o, background)
-    else: im = _rgb(o if isinstance(o, Image.Image) else Image.fromarray(np.asarray(o)), background)
+    if isinstance(o, (str,Path,bytes)) or hasattr(o, 'read'): im,_ = _read(o, background)
+    else: im = _rgb(o if isinstance(o, Image.Image) else _from_array(o), background)
     if size is not None: im = resize_ways[resize](im, _hw(size)[::-1], background)
     return torch.from_numpy(np.array(im)).permute(2,0,1).contiguous()
 
@@ -212,29 +221,30 @@ def _folders(path):
             if real not in seen: yield Path(folder),names
             seen.add(real)
 
-# %% ../nbs/00_data.ipynb #ceef08b0
-def _note_others(others, empty):
-    "Say which kinds of files are skipped, and which folders have no image"
+# %% ../nbs/00_data.ipynb #5ba2d5ed
+def _note_others(others):
+    "Say which kinds of files are skipped"
     endings = Counter(f.suffix.lower() or 'without an ending' for f in others)
     counts = ', '.join(f'{n} {o}' for o,n in endings.most_common())
-    note = f'note: {len(others)} files are skipped, since Pillow does not know their ending: {counts}'
-    if '.heic' in endings: note += ' (pip install "resizer_fastai[heif]" to read .heic)'
-    if empty: note += f'; folders without an image: {", ".join(empty[:10])}'
-    print(_printable(note))
+    heic = ' (pip install "resizer_fastai[heif]" to read .heic)' if '.heic' in endings else ''
+    print(_printable(f'note: {len(others)} files are skipped, since Pillow does not know their ending: {counts}{heic}'))
 
-# %% ../nbs/00_data.ipynb #7e0eff51
+# %% ../nbs/00_data.ipynb #9f3dbfc1
 def image_files(
     path:str|Path, # Folder
 ) -> L: # Sorted absolute paths; FileNotFoundError if there are none
     "Image files under `path`, with a note on files in its folders that are no images"
     root = Path(os.path.abspath(path))
     endings = {e for e,f in Image.registered_extensions().items() if Image.MIME.get(f, '').startswith('image/')}
-    found = [f/o for f,names in _folders(root) for o in names if not o.startswith('.')]
+    folders = list(_folders(root))
+    found = [f/o for f,names in folders for o in names if not o.startswith('.')]
     files = sorted(f for f in found if f.suffix.lower() in endings)
     others = [f for f in found if f.suffix.lower() not in endings and f.parent!=root]
-    empty = {f.parent for f in others} - {f.parent for f in files}
-    if others: _note_others(others, sorted(str(f.relative_to(root)) for f in empty))
+    if others: _note_others(others)
     if not files: raise FileNotFoundError(f'no images under {path}')
+    empty = {f for f,_ in folders} - {folder for f in files for folder in f.parents}
+    names = ', '.join(sorted(str(f.relative_to(root)) for f in empty)[:10])
+    if empty: print(_printable(f'note: folders without an image: {names}'))
     return L(files)
 
 # %% ../nbs/00_data.ipynb #026404af
@@ -312,10 +322,13 @@ def _order(files):
     rank = defaultdict(itertools.count)
     return sorted(hashed, key=lambda f: (next(rank[f.parent.name]), f.parent.name))
 
-# %% ../nbs/00_data.ipynb #d1183f40
+# %% ../nbs/00_data.ipynb #e09b9b8d
 def _split_pct(files, valid_pct):
     "Training and validation files: `valid_pct` of each class for validation, at least one but never all of them"
     if not 0<valid_pct<1: raise ValueError(f'valid_pct is a share of the images, between 0 and 1: got {valid_pct}')
+    split = {f.parent.parent.name for f in files} & {'train','val','valid','test'}
+    if len(split)>1: raise ValueError(
+        f'valid_pct would mix the images of {", ".join(sorted(split))}: leave it out, or give the path of one of them')
     if not files: return [],[]
     root = Path(os.path.commonpath([f.parent for f in files]))
     files = [f for f in files if f.parent!=root] or files   # images beside the class folders have no class
@@ -406,11 +419,12 @@ def class_name(
     if noisy and split.name=='train': name = _noisy_labels(split.parent, noisy).get(f'train/{name}/{file.name}', name)
     return wordnet_names.get(name, name)
 
-# %% ../nbs/00_data.ipynb #13a3ad9a
+# %% ../nbs/00_data.ipynb #e7d8a32d
 class ClassName(DisplayedTransform):
     "`class_name` as a transform"
+    input_types = (Path, str)
     def __init__(self, noisy=None): self.noisy = noisy
-    def encodes(self, file:Path): return class_name(file, self.noisy)
+    def encodes(self, file:Path|str): return class_name(Path(file), self.noisy)
 
 # %% ../nbs/00_data.ipynb #c44bdea1
 def _draw_boxes(n, min_scale, ratio):
@@ -548,7 +562,16 @@ def cache_images(
     read.cache = CachedImages(files, images)
     return dls
 
-# %% ../nbs/00_data.ipynb #e3efd2df
+# %% ../nbs/00_data.ipynb #debcdd58
+def only_known(
+    f:Callable, # A function with `@delegates`
+    kwargs:dict, # What its `**kwargs` are
+):
+    "Raise TypeError, as Python does, for a keyword argument that `f` does not have"
+    wrong = kwargs.keys() - inspect.signature(f).parameters.keys()
+    if wrong: raise TypeError(f'{f.__name__}() got an unexpected keyword argument {first(wrong)!r}')
+
+# %% ../nbs/00_data.ipynb #9e18ebb9
 @delegates(resizer_block)
 def get_dls(
     path:str|Path, # A folder, or a name that `get_path` knows
@@ -561,8 +584,7 @@ def get_dls(
     **kwargs
 ) -> DataLoaders: # `left_out` is a table of the files that cannot be read
     "Training and validation `DataLoaders` of a data set"
-    wrong = kwargs.keys() - inspect.signature(resizer_block).parameters.keys()
-    if wrong: raise TypeError(f'get_dls() got an unexpected keyword argument {first(wrong)!r}')
+    only_known(get_dls, kwargs)
     path,device = get_path(path),torch.device(ifnone(device, default_device()))
     if min_scale is None: min_scale = 1 if path.name.startswith('resizer_sample') else 0.35
     block = resizer_block(size, min_scale=min_scale, **kwargs)

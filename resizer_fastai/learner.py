@@ -6,18 +6,17 @@
 __all__ = ['bodies', 'plain_head', 'make_classifier', 'body_stats', 'ResizerClassifier', 'joint_split', 'AdamW', 'Muon',
            'Autocast', 'precision_cbs', 'FiniteLoss', 'ResizerLR', 'RecalibrateBN', 'ResizerLearner', 'resizer_learner']
 
-# %% ../nbs/02_learner.ipynb #9b081792
+# %% ../nbs/02_learner.ipynb #554067a8
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch.amp import GradScaler
 from torchvision.ops import Permute
-from .data import ReadImage, image_reader
-from .resizer import make_resizer, resizer_config, resizers, save_resizer
+from .data import ReadImage, image_reader, only_known
+from .resizer import make_resizer, naming, resizer_config, resizers, save_resizer
 import torchvision
 
 # %% ../nbs/02_learner.ipynb #3851c9f0
@@ -117,7 +116,10 @@ def _channels_out(resizer, n_in, size):
     if y.ndim!=4: raise ValueError(f'a resizer puts out a batch of shape (B, C, h, w): got {tuple(y.shape)}')
     return y.shape[1]
 
-# %% ../nbs/02_learner.ipynb #de56db27
+# %% ../nbs/02_learner.ipynb #dd268e70
+activations = dict(softmax=partial(torch.softmax, dim=1), sigmoid=torch.sigmoid, none=noop)
+
+# %% ../nbs/02_learner.ipynb #d9619cee
 class ResizerClassifier(nn.Module):
     "A resizer, a body and a head: one model that is trained on one loss"
     @delegates(create_vision_model)
@@ -142,10 +144,25 @@ class ResizerClassifier(nn.Module):
         self.head_args = kwargs
         self.input_size = read.size if read else list(input_size) if is_listy(input_size) else [input_size]*2
         self.resizer = named_resizer(resizer, size, n_in, pretrained) if isinstance(resizer, str) else resizer
+        if not isinstance(self.resizer, nn.Module): raise ValueError(f'resizer is a name or a module: got {resizer}')
         n_small = _channels_out(self.resizer, n_in, self.input_size)
         self.body,self.head = make_classifier(arch, n_out, pretrained, weights, n_in=n_small, **kwargs)
-        for k,o in dict(mean=ifnone(mean, [0.]*n_in), std=ifnone(std, [1.]*n_in)).items():
-            self.register_buffer(k, tensor(o, dtype=torch.float).view(-1,1,1), persistent=False)
+        self.set_stats(ifnone(mean, [0.]*n_in), ifnone(std, [1.]*n_in))
+        if activation not in activations:
+            raise ValueError(f'activation is one of {", ".join(activations)}: got {activation}')
+        if vocab is not None and len(vocab)!=n_out:
+            raise ValueError(f'there are {len(vocab)} names of classes for {n_out} outputs')
+
+    def set_stats(self,
+        mean:list, # Mean of each channel that images are normalised with
+        std:list, # Standard deviation of each channel, above 0
+    ):
+        "Change what images are normalised with in `predict`, and in what is saved"
+        if not {len(mean),len(std)} <= {1,self.n_in} or not all(o>0 for o in std): raise ValueError(
+            f'mean and std have a value for each of {self.n_in} channels, std above 0: got {mean} and {std}')
+        for k,o in dict(mean=mean, std=std).items():
+            o = tensor(o, dtype=torch.float).view(-1,1,1).to(one_param(self).device)
+            self.register_buffer(k, o, persistent=False)
 
     def __call__(self, x): return super().__call__(x.as_subclass(Tensor))   # fastai's tensor types do not compile
 
@@ -178,7 +195,7 @@ def save_pretrained(self:ResizerClassifier,
     (path/'config.json').write_text(text)
     save_model(self, str(path/'model.safetensors'))
 
-# %% ../nbs/02_learner.ipynb #bef9269c
+# %% ../nbs/02_learner.ipynb #d1e342ba
 @patch(cls_method=True)
 def from_pretrained(cls:ResizerClassifier,
     path:str|Path, # Folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face Hub
@@ -191,20 +208,18 @@ def from_pretrained(cls:ResizerClassifier,
         raise FileNotFoundError(f'{path} is neither a folder nor a repository that the Hub gives: {e}') from e
     missing = [o for o in names if not (folder/o).is_file()]
     if missing: raise FileNotFoundError(f'no {" and no ".join(missing)} in {folder}')
-    try:
+    with naming(folder/'config.json'):
         config = json.loads((folder/'config.json').read_text())
         config['resizer'] = make_resizer(**config['resizer'])
         if config['read']: config['read'] = ReadImage(**config['read'])
         model = cls(**config)
-        load_model(model, folder/'model.safetensors')
-    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as e:
-        raise ValueError(f'{folder} holds no model that can be made here: {e}') from e
+    with naming(folder/'model.safetensors'): load_model(model, folder/'model.safetensors')
     return model.eval()
 
-# %% ../nbs/02_learner.ipynb #38ae7bfc
+# %% ../nbs/02_learner.ipynb #4c1907c6
 @patch
 def read_batch(self:ResizerClassifier,
-    images:list, # File names, bytes, PIL images or uint8 arrays of shape (H, W, 3)
+    images:list, # File names, bytes, open files, PIL images or uint8 arrays of shape (H, W, 3)
 ) -> Tensor: # Normalised images, shape (N, 3, H, W), on the device of the model
     "Read images as the model's loaders did; ValueError if it does not know how"
     if self.read is None: raise ValueError(
@@ -213,16 +228,20 @@ def read_batch(self:ResizerClassifier,
     x = torch.stack([Tensor(self.read(o)) for o in images]).to(self.mean.device)
     return (x/255-self.mean)/self.std
 
-# %% ../nbs/02_learner.ipynb #3fb6b648
-activations = dict(softmax=partial(torch.softmax, dim=1), sigmoid=torch.sigmoid, none=noop)
-
+# %% ../nbs/02_learner.ipynb #63f5f103
 def _is_batch(o): return isinstance(o, Tensor) and o.ndim==4 and o.is_floating_point()
 
-# %% ../nbs/02_learner.ipynb #f007b84d
+def _listed(o):
+    "A list of one image, or of those in a list, a column of a table, a generator or a uint8 array (N, H, W, 3)"
+    one = isinstance(o, (str,Path,bytes,Image.Image)) or hasattr(o, 'read') or not is_iter(o)
+    if isinstance(o, Tensor) or isinstance(o, ndarray) and o.dtype.kind in 'biuf': one = o.ndim<4
+    return [o] if one else list(o)
+
+# %% ../nbs/02_learner.ipynb #adfd8739
 @patch
 @torch.no_grad()
 def predict(self:ResizerClassifier,
-    images, # One or a list of what `read_batch` takes, or a normalised float batch of shape (N, n_in, H, W)
+    images, # What `read_batch` takes, one or several, or a normalised float batch of shape (N, n_in, H, W)
     bs:int=64, # Images at once
 ) -> tuple: # Names, indices and outputs: see below
     """Predict in evaluation mode.
@@ -230,12 +249,14 @@ def predict(self:ResizerClassifier,
     Outputs have shape (N, n_out): probabilities, or values where the model has activation none. Indices are those of
     the likeliest classes (N,), or with sigmoid a mask (N, n_out) of probabilities over a half, and None for values.
     Names are of the classes at the indices, or None without `vocab`."""
-    if not _is_batch(images) and not isinstance(images, (list,tuple,L)): images = [images]
+    batch,like = _is_batch(images),one_param(self)
+    if batch and images.shape[1]!=self.n_in:
+        raise ValueError(f'a batch has the shape (N, {self.n_in}, H, W): got {tuple(images.shape)}')
+    if not batch: images = _listed(images)
     if not len(images): raise ValueError('there are no images to predict')
-    parts = images.split(bs) if _is_batch(images) else chunked(images, bs)
-    device = one_param(self).device
+    parts = images.split(bs) if batch else chunked(images, bs)
     with evaluating(self):
-        logits = torch.cat([self(o.to(device) if _is_batch(o) else self.read_batch(o)).float().cpu() for o in parts])
+        logits = torch.cat([self(o.to(like) if batch else self.read_batch(o)).float().cpu() for o in parts])
     outputs = activations[self.activation](logits)
     idxs = dict(softmax=lambda: outputs.argmax(1), sigmoid=lambda: outputs>0.5, none=lambda: None)[self.activation]()
     return _named(idxs, self.vocab), idxs, outputs
@@ -493,7 +514,7 @@ def _warn_of_other_stats(used, wanted, whose):
     warn(f'images are normalised with {used}, and {whose} expects {(mean,std)}: '
          f'give new loaders Normalize.from_stats({mean}, {std})')
 
-# %% ../nbs/02_learner.ipynb #5fd11ac4
+# %% ../nbs/02_learner.ipynb #b2a1a19d
 @delegates(create_vision_model)
 def resizer_learner(
     dls:DataLoaders, # Images and targets, at the resizer's input size
@@ -522,6 +543,9 @@ def resizer_learner(
     **kwargs
 ) -> ResizerLearner:
     "A `Learner` that trains a resizer and a classifier together"
+    if callable(get_body(arch)): only_known(resizer_learner, kwargs)   # timm has arguments of its own
+    channels = _one_image(dls).shape[1]
+    if channels!=n_in: raise ValueError(f'the images have {channels} channel{"s"*(channels>1)}: pass n_in={channels}')
     n_out = ifnone(n_out, get_c(dls))
     if not n_out: raise ValueError('the number of outputs cannot be told from dls: pass n_out')
     wanted = ifnone(stats, body_stats(arch, weights) if pretrained else None)

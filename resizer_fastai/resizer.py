@@ -239,18 +239,27 @@ def save_resizer(
 
 def _weights_file(file): return Path(file) if str(file).endswith('.safetensors') else Path(f'{file}.safetensors')
 
-# %% ../nbs/01_resizer.ipynb #e9c3cbd9
+# %% ../nbs/01_resizer.ipynb #7ebd3da0
+@contextmanager
+def naming(
+    file:Path,
+):
+    "Answer whatever does not fit while `file` is read by a ValueError that names it"
+    try: yield
+    except KeyError as e: raise ValueError(f'{file} has no {e}') from e
+    except (AttributeError, TypeError, RuntimeError, ValueError, SafetensorError) as e:
+        raise ValueError(f'{file} cannot be used here: {e}') from e
+
+# %% ../nbs/01_resizer.ipynb #7e39eae4
 def load_resizer(
     file:str|Path, # Written by `save_resizer`, with or without `.safetensors`
 ) -> nn.Module: # In evaluation mode, on the CPU, with the `mean` and `std` that it was saved with, or None
     "Load a resizer that was saved alone; ValueError unless every weight fits, or if its name is not registered"
     file = _weights_file(file)
     if not file.is_file(): raise FileNotFoundError(f'no resizer in {file}')
-    try:
+    with naming(file):
         with safe_open(file, 'pt') as f: meta = {k: json.loads(v) for k,v in f.metadata().items()}
         resizer,(mean,std) = make_resizer(**meta['resizer']),meta['stats']
         load_model(resizer, file)
-    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as e:
-        raise ValueError(f'{file} holds no resizer that can be made here: {e}') from e
     resizer.mean,resizer.std = mean,std
     return resizer.eval()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schedules', 'optimizers', 'recipes', 'resizer_train', 'read_run', 'plot_curves', 'load_run']
 
-# %% ../nbs/04_train.ipynb #9edbf730
+# %% ../nbs/04_train.ipynb #9b6bae79
 import platform, shlex, shutil, subprocess
 from fastai.vision.all import *
 from filelock import FileLock, Timeout
@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import resizer_fastai
 from . import __version__
 from .data import _sync, _write_json, check_images, cli_command, data_name, write_table
-from .data import get_dls, get_path, parse_size
+from .data import get_dls, get_path, only_known, parse_size
 from .learner import AdamW, DecayMatrices, Muon, ResizerClassifier, ResizerLearner, resizer_learner
 from .learner import FiniteLoss, RecalibrateBN, named_resizer, pick_precision, plain_head, precision_cbs
 from .resizer import resizer_config
@@ -109,7 +109,7 @@ def import_user_module(
     except ModuleNotFoundError as e: raise ValueError(
         f'--module {name}: {e}; for a file my_module.py in the folder you are in, it is my_module') from e
 
-# %% ../nbs/04_train.ipynb #c5e54e9f
+# %% ../nbs/04_train.ipynb #7600984c
 _not_of_the_run = ('name','runs','resume','overwrite','debug')
 
 def _choice(name, value, known):
@@ -121,8 +121,7 @@ def train_options(
     **given # Of `resizer_train`; those left out have its defaults
 ) -> AttrDict: # And `resizer_args`, those that the resizer has by default
     "All options of a run, complete and checked as far as that is possible without its data"
-    unknown = given.keys()-_defaults().keys()
-    if unknown: raise TypeError(f'resizer_train() got an unexpected keyword argument {first(unknown)!r}')
+    only_known(resizer_train, given)
     o = AttrDict({k:v for k,v in (_defaults() | given).items() if k not in _not_of_the_run})
     import_user_module(o.module)
     if o.pretrained and (o.recipe!='plain' or o.schedule or o.init_from): raise ValueError(
@@ -130,8 +129,8 @@ def train_options(
     _choice('recipe', o.recipe, recipes)
     for k,v in recipes[o.recipe].items(): o[k] = ifnone(o[k], v)
     for k,known in dict(opt=optimizers, schedule=schedules).items(): _choice(k, o[k], known)
-    for k in ('epochs','bs'):
-        if o[k]<1: raise ValueError(f'{k} is 1 or more: got {o[k]}')
+    if o.epochs<1: raise ValueError(f'epochs is 1 or more: got {o.epochs}')
+    if o.bs<2: raise ValueError(f'bs is 2 or more, since BatchNorm needs more than one image: got {o.bs}')
     o.data,o.size,o.out = data_name(o.data),parse_size(o.size),parse_size(o.out)
     o.init_from = o.init_from and str(o.init_from)
     o.resizer_args = resizer_config(named_resizer(o.resizer, o.out, pretrained=o.pretrained))
@@ -287,7 +286,7 @@ class Checkpoint(Callback):
         _sync(new)
         new.replace(self.file)
 
-# %% ../nbs/04_train.ipynb #2b0f7ac1
+# %% ../nbs/04_train.ipynb #369e332d
 def device_name(
     device:torch.device,
 ) -> str:
@@ -297,11 +296,11 @@ def device_name(
 
 def versions() -> dict:
     "Versions of the packages that a result depends on, and the git commit of this library if it is a checkout"
-    there = {o: metadata.version(o) for o in ('fastai','torch','torchvision','timm') if find_spec(o)}
+    there = {o: metadata.version(o) for o in ('fastai','torchvision','timm') if find_spec(o)}
     folder = Path(resizer_fastai.__file__).parent
     git = subprocess.run(['git','-C',folder,'log','-1','--format=%h','.'], capture_output=True, text=True)
-    here = dict(resizer_fastai=__version__, commit=git.stdout.strip() or None, python=platform.python_version())
-    return here | there
+    commit,python = git.stdout.strip() or None,platform.python_version()
+    return dict(resizer_fastai=__version__, commit=commit, python=python, torch=torch.__version__, **there)
 
 # %% ../nbs/04_train.ipynb #60ef9085
 def describe_run(

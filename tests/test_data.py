@@ -108,10 +108,16 @@ def test_image_files_skips_hidden_files_and_loops(tmp_path):
 def test_image_files_notes_skipped_files(tmp_path, capsys):
     root = make_images(tmp_path, ['train/cat/1.png', 'val/cat/1.png', 'train/fox/1.png'])
     (root/'val'/'fox').mkdir()
+    (root/'train'/'owl').mkdir()
     for o in ('train/cat/2.raw', 'val/fox/3.RAW', 'val/fox/4', 'labels.csv'): (root/o).touch()
     image_files(root)
     said = capsys.readouterr().out
-    for o in ('3 files', '2 .raw, 1 without an ending', 'folders without an image: val/fox\n'): assert o in said
+    for o in ('3 files', '2 .raw, 1 without an ending', 'folders without an image: train/owl, val/fox\n'): assert o in said
+
+def test_valid_pct_does_not_mix_test_images_into_training(tmp_path):
+    root = make_images(tmp_path, [f'{s}/{c}/{i}.png' for s in ('train', 'val', 'test') for c in ('cat', 'dog') for i in range(3)])
+    with pytest.raises(ValueError, match='would mix the images of test, train, val'): get_dls(root, size=16, valid_pct=0.5)
+    assert len(get_dls(root/'train', size=16, bs=2, valid_pct=0.5, num_workers=0).valid_ds) == 4
 
 @pytest.fixture
 def messy(tmp_path):

@@ -1,12 +1,12 @@
 "What crosses modules, files and processes in the joint model and its learner."
-import itertools, random, subprocess, sys
+import itertools, json, random, re, subprocess, sys
 from functools import partial
 
 import numpy as np, pytest, torch
 from conftest import needs_timm
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock, ImageDataLoaders, MixUp, MultiCategoryBlock,
-                               RandomSplitter, RegressionBlock, Resize, accuracy, load_learner, nn, no_random, parent_label,
-                               resnet18, set_seed)
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock, ImageDataLoaders, IntToFloatTensor, MixUp, MultiCategoryBlock,
+                               RandomSplitter, RegressionBlock, Resize, TensorImage, TransformBlock, accuracy, image2tensor, load_learner, nn,
+                               no_random, parent_label, resnet18, set_seed)
 from PIL import Image
 from torch.utils.data import DataLoader as TorchLoader
 from torchvision.datasets import ImageFolder
@@ -196,15 +196,41 @@ def test_resizer_of_ones_own_comes_back_only_where_it_is_registered(tmp_path):
     refused = python("ResizerClassifier.from_pretrained('m')")
     assert "no resizer 'mine'" in refused.stderr and 'register yours first' in refused.stderr
 
+def config(**changes): return lambda d: (d/'config.json').write_text(json.dumps(json.loads((d/'config.json').read_text()) | changes))
+
 broken = dict(truncated=lambda d: (d/'model.safetensors').write_bytes((d/'model.safetensors').read_bytes()[:-50]),
               no_json=lambda d: (d/'config.json').write_text('{'), no_dict=lambda d: (d/'config.json').write_text('[]'),
-              other_shape=lambda d: (d/'config.json').write_text((d/'config.json').read_text().replace('"n_out": 3', '"n_out": 4')))
+              other_shape=config(n_out=4), no_stats=config(std=[0, 1, 1]), few_stats=config(mean=[0.5, 0.5]), few_names=config(vocab=['a', 'b']),
+              activation=config(activation='relu'))
 
-@pytest.mark.parametrize('harm', broken.values(), ids=broken)
-def test_from_pretrained_refuses_what_is_broken_in_one_sentence(harm, tmp_path):
+@pytest.mark.parametrize('name', broken)
+def test_from_pretrained_names_the_file_that_does_not_fit(name, tmp_path):
     ResizerClassifier('resnet18', 3, 'bilinear', size=16, input_size=32).save_pretrained(tmp_path)
-    harm(tmp_path)
-    with pytest.raises(ValueError, match=f'{tmp_path} holds no model that can be made here'): ResizerClassifier.from_pretrained(tmp_path)
+    broken[name](tmp_path)
+    file = tmp_path/('model.safetensors' if name in ('truncated', 'other_shape') else 'config.json')
+    with pytest.raises(ValueError, match=f'{file} cannot be used here'): ResizerClassifier.from_pretrained(tmp_path)
+
+def test_stats_of_a_loaded_model_can_be_changed_and_are_saved(tmp_path):
+    model = ResizerClassifier('resnet18', 3, 'bilinear', size=16, input_size=32)
+    model.set_stats([0.5]*3, [0.25]*3)
+    model.save_pretrained(tmp_path)
+    again = ResizerClassifier.from_pretrained(tmp_path)
+    assert torch.equal(again.std, model.std) and again.mean.flatten().tolist() == [0.5]*3
+
+def test_resizer_learner_asks_for_n_in(tmp_path):
+    "Grey images, and images with transparency"
+    files = [f for f in image_files(get_path('sample')) if f.parent.name in ('grain-27', 'grain-45')][:40]
+    for mode, n in (('L', 1), ('RGBA', 4)):
+        def read(file, mode=mode): return Image.open(file).convert(mode)
+        block = DataBlock((TransformBlock(type_tfms=[read, lambda im: TensorImage(image2tensor(im))], batch_tfms=IntToFloatTensor), CategoryBlock),
+                          get_y=parent_label, splitter=RandomSplitter(seed=0))
+        dls = block.dataloaders(files, bs=4, num_workers=0)
+        with pytest.raises(ValueError, match=f'pass n_in={n}'): resizer_learner(dls, 'resnet18', size=16, pretrained=False)
+        assert resizer_learner(dls, 'resnet18', size=16, pretrained=False, n_in=n).model.resizer.stem[0].in_channels == n
+
+@pytest.mark.parametrize('kwargs', [dict(precision='bf16'), dict(pretraned=False)], ids=str)
+def test_resizer_learner_answers_for_its_own_keywords(learn, kwargs):
+    with pytest.raises(TypeError, match=re.escape('resizer_learner() got an unexpected keyword argument')): resizer_learner(learn.dls, 'resnet18', **kwargs)
 
 # Callbacks
 

@@ -206,9 +206,10 @@ def test_pretrained_run_is_loaded_and_started_from_with_its_own_statistics_and_h
         np.testing.assert_allclose(preds, np.load(path/'preds.npz')['probs'], atol=1e-4)
 
 def test_init_from_refuses_another_body_split_or_classes(quick, tmp_path):
-    base = quick(name='base').path
-    for kwargs, says in ((dict(arch='squeezenet1_0'), 'has the body squeezenet1_1'), (dict(valid_pct=0.5), 'trained with valid_pct None')):
-        with pytest.raises(ValueError, match=says): quick(name='new', init_from=base, **kwargs)
+    data = dict(data=folder(tmp_path/'data', n=8)/'train', limit=None)
+    base = quick(name='base', valid_pct=0.25, **data).path
+    for kwargs, says in ((dict(arch='squeezenet1_0'), 'has the body squeezenet1_1'), (dict(valid_pct=0.5), 'trained with valid_pct 0.25')):
+        with pytest.raises(ValueError, match=says): quick(name='new', init_from=base, **dict(valid_pct=0.25) | data | kwargs)
     assert not (tmp_path/'new').exists()
 
 def test_recipe_is_overridden_by_single_options():
