@@ -161,13 +161,14 @@ def _hw(size):
 
 def _colour(o): return ImageColor.getrgb(o)[:3] if isinstance(o, str) else tuple(o)
 
-# %% ../nbs/00_data.ipynb #8a2cf8b5
+# %% ../nbs/00_data.ipynb #cd3f3d37
 def _from_array(o):
     "A PIL image of an array"
     try: return Image.fromarray(np.asarray(o))
-    except (TypeError, ValueError): raise ValueError(
-        'an image is a file name, bytes, an open file, a PIL image, or a uint8 array or tensor of shape (H, W), '
-        f'(H, W, 3) or (H, W, 4): got {type(o).__name__} {getattr(o, "dtype", "")} {list(getattr(o, "shape", []))}') from None
+    except (TypeError, ValueError):
+        got = f'{type(o).__name__} {getattr(o, "dtype", "")} {list(getattr(o, "shape", []))}'
+        raise ValueError('an image is a file name, bytes, an open file, a PIL image, or a uint8 array or tensor of '
+                         f'shape (H, W), (H, W, 3) or (H, W, 4): got {got}') from None
 
 # %% ../nbs/00_data.ipynb #f3d1cccd
 def read_image(

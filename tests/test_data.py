@@ -119,6 +119,19 @@ def test_valid_pct_does_not_mix_test_images_into_training(tmp_path):
     with pytest.raises(ValueError, match='would mix the images of test, train, val'): get_dls(root, size=16, valid_pct=0.5)
     assert len(get_dls(root/'train', size=16, bs=2, valid_pct=0.5, num_workers=0).valid_ds) == 4
 
+@pytest.mark.parametrize('flip', [True, False])
+def test_flip_can_be_turned_off(tmp_path, flip):
+    "Left and right hands: the left half of every image is white"
+    for i in range(16):
+        file = tmp_path/('train' if i % 4 else 'val')/'ab'[i % 2]/f'{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        im = Image.new('RGB', (16, 16))
+        im.paste('white', (0, 0, 8, 16))
+        im.save(file)
+    dls = get_dls(tmp_path, size=16, bs=8, min_scale=1, flip=flip, num_workers=0)
+    x = torch.cat([x[:, 0] for _ in range(3) for x, _ in dls.train])
+    assert (x[..., :8].mean((1, 2)) < x[..., 8:].mean((1, 2))-0.5).any() == flip
+
 @pytest.fixture
 def messy(tmp_path):
     "Two classes of ten images, and one of each kind of bad file"
