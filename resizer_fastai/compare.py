@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['headroom', 'share_of_detail', 'results_table', 'sentences', 'collect_runs', 'plot_runs', 'resizer_compare']
 
-# %% ../nbs/05_compare.ipynb #9be52901
+# %% ../nbs/05_compare.ipynb #c7081f2f
 import gc
 from fastai.vision.all import *
 from scipy import stats
 from .data import cli_command
-from .show import picture, section, write_report
+from .show import write_report
 from .train import command_of, made_with, only_process, other_options, read_run, resizer_train, run_name
 from .train import run_pictures, save_figure, train_options, train_run
 
@@ -178,7 +178,7 @@ def plot_runs(
     ax.legend(fontsize=7)
     return fig
 
-# %% ../nbs/05_compare.ipynb #00f1ff79
+# %% ../nbs/05_compare.ipynb #33288416
 def write_comparison(
     root:Path, # Folder of a comparison
     base:str='bilinear', # The resizer that the others are compared with
@@ -200,11 +200,11 @@ def _report(root, runs, table, said, run):
     save_figure(plot_runs(runs), root/'images'/'runs.png')
     shown = readable(table)
     one_seed = runs.drop_duplicates('resizer')
-    looks = [section(f'{r.resizer}, seed {r.seed}', pictures=run_pictures(Path(r.path), 'resized'))
+    looks = [dict(title=f'{r.resizer}, seed {r.seed}', pictures=run_pictures(Path(r.path), 'resized'))
              for r in one_seed.itertuples()]
-    seeds = picture(root/'images'/'runs.png', 'Accuracy of every run, a line a seed')
-    made = section('How it was made', code=run['command'], table=(['what','value'], made_with(run)))
-    results = section('Results', table=(list(shown), shown.values.tolist()), pictures=[seeds])
+    seeds = dict(file=root/'images'/'runs.png', alt='Accuracy of every run, a line a seed')
+    made = dict(title='How it was made', code=run['command'], table=(['what','value'], made_with(run)))
+    results = dict(title='Results', table=(list(shown), shown.values.tolist()), pictures=[seeds])
     sections = [results, *[o for o in looks if o['pictures']], made]
     write_report(root/'report.html', root.name, said, [(k, f'{o:.2f} %') for k,o in table.accuracy.items()], sections)
 

@@ -6,7 +6,7 @@
 __all__ = ['draw_sample', 'get_path', 'read_image', 'ReadImage', 'image_files', 'check_images', 'ReadableSplitter', 'ClassName',
            'RandomCropFlip', 'resizer_block', 'cache_images', 'get_dls']
 
-# %% ../nbs/00_data.ipynb #6b5cebc7
+# %% ../nbs/00_data.ipynb #b0555fc3
 from fastai.vision.all import *
 from argparse import ArgumentParser, HelpFormatter
 from fastcore.docments import docments
@@ -20,7 +20,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing.context import get_spawning_popen
 from numbers import Integral
-import hashlib, inspect, tempfile
+import hashlib, inspect, tempfile, threading
 
 # %% ../nbs/00_data.ipynb #bff75d2f
 _period = 4096
@@ -130,15 +130,18 @@ def _rgb(im, background):
         im = Image.alpha_composite(Image.new('RGBA', im.size, background), im)
     return im.convert('RGB')
 
-# %% ../nbs/00_data.ipynb #7a158a4c
+# %% ../nbs/00_data.ipynb #5728924b
+_truncated = threading.Lock()
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)   # such images are refused below
+
 def _read(file, background=mean_colour):
     "An image file, or the bytes of one, in RGB, and whether it was complete; OSError if it cannot be read"
     def read():
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as im: return _rgb(im, background)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-        with suppress(Exception): return read(), True
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as im:
+            if im.width*im.height>(Image.MAX_IMAGE_PIXELS or math.inf): raise OSError('a decompression bomb')
+            return _rgb(im, background)
+    with suppress(Exception): return read(), True
+    with _truncated:   # Pillow's setting is one for all threads
         strict,ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES,True
         try: return read(), False
         except FileNotFoundError: raise
@@ -442,7 +445,7 @@ def _crop(x, centre, half, flips):
     grid = F.affine_grid(theta.to(x), x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode='border', align_corners=False)
 
-# %% ../nbs/00_data.ipynb #36c0aa53
+# %% ../nbs/00_data.ipynb #c2e20b39
 class RandomCropFlip(RandTransform):
     "Random resized crop and horizontal flip, different for each image of a batch; training only"
     split_idx,order = 0,30   # after IntToFloatTensor and before Normalize
@@ -461,6 +464,9 @@ class RandomCropFlip(RandTransform):
         flips = torch.rand(n)<0.5 if self.flip else torch.zeros(n, dtype=torch.bool)
         if self.min_scale<1: return TensorImage(_crop(im, *_draw_boxes(n, self.min_scale, self.ratio), flips))
         return TensorImage(torch.where(flips.to(x.device)[:,None,None,None], im.flip(-1), im))
+
+    def encodes(self, x:TensorPoint|TensorMask):
+        raise TypeError('RandomCropFlip would leave points, boxes and masks where they were: use aug_transforms')
 
 # %% ../nbs/00_data.ipynb #a14b83f3
 def resizer_block(

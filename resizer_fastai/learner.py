@@ -6,7 +6,7 @@
 __all__ = ['bodies', 'plain_head', 'make_classifier', 'body_stats', 'ResizerClassifier', 'joint_split', 'AdamW', 'Muon',
            'Autocast', 'precision_cbs', 'FiniteLoss', 'ResizerLR', 'RecalibrateBN', 'ResizerLearner', 'resizer_learner']
 
-# %% ../nbs/02_learner.ipynb #554067a8
+# %% ../nbs/02_learner.ipynb #554dab9f
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from fastai.vision.all import *
@@ -16,7 +16,7 @@ from safetensors.torch import load_model, save_model
 from torch.amp import GradScaler
 from torchvision.ops import Permute
 from .data import ReadImage, image_reader, only_known
-from .resizer import make_resizer, naming, resizer_config, resizers, save_resizer
+from .resizer import make_resizer, naming, plain, resizer_config, resizers, save_resizer
 import torchvision
 
 # %% ../nbs/02_learner.ipynb #3851c9f0
@@ -119,7 +119,7 @@ def _channels_out(resizer, n_in, size):
 # %% ../nbs/02_learner.ipynb #dd268e70
 activations = dict(softmax=partial(torch.softmax, dim=1), sigmoid=torch.sigmoid, none=noop)
 
-# %% ../nbs/02_learner.ipynb #d9619cee
+# %% ../nbs/02_learner.ipynb #507726da
 class ResizerClassifier(nn.Module):
     "A resizer, a body and a head: one model that is trained on one loss"
     @delegates(create_vision_model)
@@ -164,14 +164,15 @@ class ResizerClassifier(nn.Module):
             o = tensor(o, dtype=torch.float).view(-1,1,1).to(one_param(self).device)
             self.register_buffer(k, o, persistent=False)
 
-    def __call__(self, x): return super().__call__(x.as_subclass(Tensor))   # fastai's tensor types do not compile
+    def __call__(self, x):   # fastai's tensor types do not compile
+        return super().__call__(x.as_subclass(Tensor) if isinstance(x, TensorBase) else x)
 
     def forward(self,
         x:Tensor, # Normalised images, shape (B, n_in, H, W)
     ) -> Tensor: # Logits or values, shape (B, n_out)
         return self.head(self.body(self.resizer(x)))
 
-# %% ../nbs/02_learner.ipynb #eba680d2
+# %% ../nbs/02_learner.ipynb #50b96b42
 def _config(m):
     "How to make a model like `m`"
     arch = m.arch if isinstance(m.arch, str) else first(k for k,f in bodies.items() if f is m.arch)
@@ -179,7 +180,7 @@ def _config(m):
     read = m.read and dict(size=m.read.size, resize=m.read.resize, background=list(m.read.background))
     stats = {k: getattr(m, k).flatten().tolist() for k in ('mean','std')}
     rest = {k: getattr(m, k) for k in ('n_out','n_in','input_size','vocab','activation')}
-    return dict(arch=arch, resizer=resizer_config(m.resizer), read=read, **stats, **rest, **m.head_args)
+    return dict(arch=arch, resizer=resizer_config(m.resizer), read=read, **stats, **plain(rest | m.head_args))
 
 # %% ../nbs/02_learner.ipynb #b7e1a99e
 @patch
@@ -216,7 +217,7 @@ def from_pretrained(cls:ResizerClassifier,
     with naming(folder/'model.safetensors'): load_model(model, folder/'model.safetensors')
     return model.eval()
 
-# %% ../nbs/02_learner.ipynb #4c1907c6
+# %% ../nbs/02_learner.ipynb #615294ba
 @patch
 def read_batch(self:ResizerClassifier,
     images:list, # File names, bytes, open files, PIL images or uint8 arrays of shape (H, W, 3)
@@ -224,7 +225,8 @@ def read_batch(self:ResizerClassifier,
     "Read images as the model's loaders did; ValueError if it does not know how"
     if self.read is None: raise ValueError(
         'this model does not know how its images are read: pass a normalised batch (N, C, H, W), use learn.predict or '
-        f'learn.export, or decide yourself with model.read = ReadImage({self.input_size[0]})')
+        f'learn.export, or decide yourself with model.read = ReadImage({self.input_size[0]}) and, where your loaders '
+        'normalise, model.set_stats(mean, std)')
     x = torch.stack([Tensor(self.read(o)) for o in images]).to(self.mean.device)
     return (x/255-self.mean)/self.std
 
@@ -237,7 +239,7 @@ def _listed(o):
     if isinstance(o, Tensor) or isinstance(o, ndarray) and o.dtype.kind in 'biuf': one = o.ndim<4
     return [o] if one else list(o)
 
-# %% ../nbs/02_learner.ipynb #adfd8739
+# %% ../nbs/02_learner.ipynb #b2b5c4d3
 @patch
 @torch.no_grad()
 def predict(self:ResizerClassifier,
@@ -256,7 +258,7 @@ def predict(self:ResizerClassifier,
     if not len(images): raise ValueError('there are no images to predict')
     parts = images.split(bs) if batch else chunked(images, bs)
     with evaluating(self):
-        logits = torch.cat([self(o.to(like) if batch else self.read_batch(o)).float().cpu() for o in parts])
+        logits = torch.cat([self((o if batch else self.read_batch(o)).to(like)).float().cpu() for o in parts])
     outputs = activations[self.activation](logits)
     idxs = dict(softmax=lambda: outputs.argmax(1), sigmoid=lambda: outputs>0.5, none=lambda: None)[self.activation]()
     return _named(idxs, self.vocab), idxs, outputs
@@ -274,7 +276,14 @@ def joint_split(
     groups = L(split(nn.Sequential(model.body, model.head)))
     return groups[:-1] + [groups[-1]+params(model.resizer)]
 
-# %% ../nbs/02_learner.ipynb #0e26a4c8
+# %% ../nbs/02_learner.ipynb #dddcdc42
+class _Hypers(dict):
+    "Hyper-parameters of group `i`; one that is assigned is set in the optimizer, as `ReduceLROnPlateau` expects"
+    def __init__(self, opt, i, values):
+        super().__init__(values)
+        self.opt,self.i = opt,i
+    def __setitem__(self, k, v): self.opt._set_hyper(k, [v if j==self.i else h[k] for j,h in enumerate(self.opt.hypers)])
+
 class DecayMatrices(OptimWrapper):
     "An optimizer of PyTorch with weight decay on tensors of two dimensions and more only"
     def __init__(self,
@@ -292,7 +301,7 @@ class DecayMatrices(OptimWrapper):
     @property
     def param_lists(self): return [a['params']+b['params'] for a,b in chunked(self.opt.param_groups, 2)]
     @property
-    def hypers(self): return super().hypers[::2]
+    def hypers(self): return [_Hypers(self, i, h) for i,h in enumerate(super().hypers[::2])]
     def _set_hyper(self, k, v): super()._set_hyper(k, [o for v_ in v for o in (v_, 0. if k=='wd' else v_)])
 
 # %% ../nbs/02_learner.ipynb #7672e2e0
@@ -371,7 +380,7 @@ def precision_cbs(
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(pick_precision(precision, device))
     return [Autocast(dtype)] if dtype else []
 
-# %% ../nbs/02_learner.ipynb #15ee99ee
+# %% ../nbs/02_learner.ipynb #b0b894f4
 class FiniteLoss(Callback):
     "Raise FloatingPointError at the first batch whose loss is not finite, before it changes the weights"
     order = GradientAccumulation.order-1
@@ -381,10 +390,10 @@ class FiniteLoss(Callback):
     def _check(self, where):
         if torch.isfinite(self.loss).all(): return
         if hasattr(self.learn, 'lr_finder'): raise CancelFitException()
-        raise FloatingPointError(f'the loss is {self.loss.item()} in batch {self.iter} of epoch {self.epoch}, '
+        raise FloatingPointError(f'the loss is {self.loss.mean().item()} in batch {self.iter} of epoch {self.epoch}, '
                                  f'in {where}: try a lower learning rate, or cbs=GradientClip')
 
-# %% ../nbs/02_learner.ipynb #c4fca881
+# %% ../nbs/02_learner.ipynb #4b46cba6
 class ResizerLR(Callback):
     "Train the resizer at a multiple of its group's learning rate (for optimizers whose step scales with it)"
     order = MixedPrecision.order-1
@@ -393,6 +402,7 @@ class ResizerLR(Callback):
     ):
         self.mult = mult
     def _params(self): return get_model(self.model).resizer.parameters()
+    def before_batch(self): self.start = []   # a step that another callback cancels has none
     def before_step(self): self.start = [p.detach().clone() for p in self._params()]
     @torch.no_grad()
     def after_step(self):
@@ -438,18 +448,26 @@ def _add_normalize(dls, mean, std):
     cuda = torch.device(ifnone(dls.device, 'cpu')).type!='cpu'
     dls.add_tfms([Normalize.from_stats(mean, std, cuda=cuda)], 'after_batch')
 
-# %% ../nbs/02_learner.ipynb #5f068b6a
+# %% ../nbs/02_learner.ipynb #6223251c
+def _is_known(t):
+    "Whether transform `t` does to validation images what `predict` does, or nothing"
+    if type(t) is IntToFloatTensor: return t.div==255
+    if isinstance(t, RandTransform):   # augmentation
+        return not getattr(t, 'size', None) and (type(t).split_idx==0 or isinstance(t, AffineCoordTfm))
+    return type(t) in (ToTensor,Normalize) or t.split_idx==0   # 0: in training only
+
 def known_reader(
     dls:DataLoaders,
 ) -> ReadImage: # None where something else has a say
     "How `dls` reads its validation images, if `ReadImage` and a `Normalize` say it all"
     read = image_reader(dls)
     if not read: return None
+    *choose,last = dls.train_ds.tls[0].tfms.fs
+    item = compose(*choose)(dls.train_ds.tls[0].items[0])   # `get_x` may choose the file, and no more
     pipelines = [getattr(dls.valid, o) for o in ('after_item','before_batch','after_batch')]
-    tfms = [t for p in pipelines for t in getattr(p, 'fs', []) if t.split_idx!=0]   # 0: in training only
-    def passes(t): return isinstance(t, RandTransform) and not getattr(t, 'size', None)   # augmentation
-    others = [t for t in tfms if not isinstance(t, (ToTensor,IntToFloatTensor,Normalize)) and not passes(t)]
-    return None if others else ReadImage(read.size, read.resize, read.background)
+    known = all(_is_known(t) for p in pipelines for t in getattr(p, 'fs', []))
+    if type(read) is not ReadImage or last is not read or not isinstance(item, (str,Path,bytes)) or not known: return None
+    return ReadImage(read.size, read.resize, read.background)
 
 def _one_image(dls):
     "One validation image as it reaches the model, shape (1, C, H, W) or a whole batch of a PyTorch loader"
@@ -459,35 +477,48 @@ def _one_image(dls):
 
 def _images_of(dls):
     "What a model has to know of the images of `dls`"
-    vocab = list(map(str, dls.vocab)) if hasattr(dls, 'vocab') else None
+    vocab = getattr(dls, 'vocab', None)
+    if vocab is not None: vocab = None if any(map(is_listy, vocab)) else list(map(str, vocab))   # of several targets
     return dict(read=known_reader(dls), input_size=list(_one_image(dls).shape[-2:]), vocab=vocab)
 
-# %% ../nbs/02_learner.ipynb #1e0eb01e
-_meanings = [
-    (EncodedMultiCategorize,'sigmoid'), (MultiCategorize,'sigmoid'), (Categorize,'softmax'),   # subclasses first
-    (RegressionSetup,'none'), (nn.BCEWithLogitsLoss,'sigmoid'), (nn.CrossEntropyLoss,'softmax'),
-    (LabelSmoothingCrossEntropy,'softmax'), (FocalLoss,'softmax')]
-_of_functions = {F.cross_entropy: 'softmax', F.binary_cross_entropy_with_logits: 'sigmoid'}
+# %% ../nbs/02_learner.ipynb #bd36f3d8
+_losses = [(nn.BCEWithLogitsLoss,'sigmoid'), (nn.BCELoss,'none'), (nn.CrossEntropyLoss,'softmax'),
+           (LabelSmoothingCrossEntropy,'softmax'), (FocalLoss,'softmax')]
+_functions = {F.binary_cross_entropy_with_logits: 'sigmoid', F.binary_cross_entropy: 'none', F.cross_entropy: 'softmax'}
+_targets = [(EncodedMultiCategorize,'sigmoid'), (MultiCategorize,'sigmoid'), (Categorize,'softmax')]   # subclasses first
+
+def _meaning(known, said): return next((name for cls,name in known if any(isinstance(o, cls) for o in said)), None)
 
 def output_activation(
     dls:DataLoaders,
-    loss_func=None, # For loaders without a target block
+    loss_func=None, # That the model is trained with
 ) -> str: # softmax, sigmoid or none
-    "What makes outputs what the target block of `dls` says they are"
+    "What makes probabilities of the outputs, as far as the loss or the target block tells"
     tls = getattr(dls.train_ds, 'tls', [])
-    says = [*(tls[-1].tfms.fs if len(tls)>1 else []), getattr(loss_func, 'func', loss_func)]
-    known = next((name for cls,name in _meanings if any(isinstance(o, cls) for o in says)), None)
-    return known or _of_functions.get(loss_func, 'none')
+    of_loss = _meaning(_losses, [getattr(loss_func, 'func', loss_func)]) or _functions.get(loss_func)
+    return of_loss or (_meaning(_targets, tls[1].tfms.fs) if len(tls)==2 else None) or 'none'
 
-# %% ../nbs/02_learner.ipynb #7a45a5bc
+# %% ../nbs/02_learner.ipynb #306d7b94
 class ResizerLearner(Learner):
     "A `Learner` of a `ResizerClassifier`; it takes other loaders of the same classes: `learn.dls = get_dls(...)`"
+    @delegates(Learner.__init__)
+    def __init__(self,
+        dls:DataLoaders, # Images and targets, at the resizer's input size
+        model:ResizerClassifier, # New, or saved and loaded
+        **kwargs
+    ):
+        self.adapted = None   # `id` of the loaders that the model has been adapted to
+        super().__init__(dls, model, **kwargs)
+        self.dls = dls
+
     @property
     def dls(self): return self._dls
     @dls.setter
     def dls(self, dls):
-        if 'model' in vars(self) and len(dls.train): self._adapt(get_model(self.model), dls)
-        self._dls = dls   # `export` sets empty ones
+        if 'model' in vars(self) and len(dls.train) and id(dls)!=self.adapted:   # `export` sets empty ones for a while
+            self._adapt(get_model(self.model), dls)
+            self.adapted = id(dls)
+        self._dls = dls
 
     def _adapt(self, model, dls):
         "Normalise `dls` as the images before, and have the model read images as `dls` does"
@@ -495,8 +526,9 @@ class ResizerLearner(Learner):
         if now['vocab']!=model.vocab: raise ValueError(
             f'the model knows the classes {", ".join(model.vocab or ["none by name"])}; these loaders have '
             f'{", ".join(now["vocab"] or ["none by name"])}: give them the same, in the same order')
-        if _normalize(self.dls): _add_normalize(dls, model.mean.flatten(), model.std.flatten())
-        norm,mean,std = _normalize(dls),model.mean.flatten().tolist(),model.std.flatten().tolist()
+        mean,std = model.mean.flatten().tolist(),model.std.flatten().tolist()
+        if {*mean}!={0.} or {*std}!={1.}: _add_normalize(dls, mean, std)
+        norm = _normalize(dls)
         if norm and not _same_stats((norm.mean,norm.std), (mean,std)): raise ValueError(
             f'these loaders normalise otherwise than the model expects: give them Normalize.from_stats({mean}, {std})')
         for k,v in now.items(): setattr(model, k, v)
@@ -514,7 +546,7 @@ def _warn_of_other_stats(used, wanted, whose):
     warn(f'images are normalised with {used}, and {whose} expects {(mean,std)}: '
          f'give new loaders Normalize.from_stats({mean}, {std})')
 
-# %% ../nbs/02_learner.ipynb #b2a1a19d
+# %% ../nbs/02_learner.ipynb #4baa075c
 @delegates(create_vision_model)
 def resizer_learner(
     dls:DataLoaders, # Images and targets, at the resizer's input size
@@ -550,10 +582,11 @@ def resizer_learner(
     if not n_out: raise ValueError('the number of outputs cannot be told from dls: pass n_out')
     wanted = ifnone(stats, body_stats(arch, weights) if pretrained else None)
     to_add = ifnone(wanted, imagenet_stats)
-    if normalize and n_in==len(to_add[0]): _add_normalize(dls, *to_add)
+    if normalize and len(to_add[0]) in (1,n_in): _add_normalize(dls, *to_add)
     loss_func = ifnone(loss_func, getattr(dls.train_ds, 'loss_func', None))
     norm = _normalize(dls)
-    mean,std = [o.flatten().tolist() for o in (norm.mean,norm.std)] if norm else ifnone(stats, (None,None))
+    unseen = None if isinstance(dls.train, TfmdDL) else stats   # loaders of PyTorch normalise where nobody can see it
+    mean,std = [o.flatten().tolist() for o in (norm.mean,norm.std)] if norm else ifnone(unseen, (None,None))
     model = ResizerClassifier(arch, n_out, resizer, size, n_in, mean=mean, std=std, **_images_of(dls),
         activation=output_activation(dls, loss_func), pretrained=pretrained, weights=weights, **kwargs)
     if norm:

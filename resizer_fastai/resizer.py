@@ -191,10 +191,10 @@ def make_resizer(
     resizer.resizer_name = name
     return resizer
 
-# %% ../nbs/01_resizer.ipynb #83b60f77
-def _plain(o):
+# %% ../nbs/01_resizer.ipynb #8e01078b
+def plain(o):
     "Convert `o` to plain Python, for JSON"
-    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+    if isinstance(o, (list,tuple)): return [plain(v) for v in o]
     return o.item() if hasattr(o, 'item') else o
 
 def resizer_config(
@@ -211,7 +211,7 @@ def resizer_config(
     missing = [k for k in args if not hasattr(resizer, k)]
     if missing: raise ValueError(
         f'{cls.__name__} cannot be saved without its attribute {", ".join(missing)}: set self.{missing[0]} in __init__')
-    config = dict(name=name) | {k: _plain(getattr(resizer, k)) for k in args}
+    config = dict(name=name) | {k: plain(getattr(resizer, k)) for k in args}
     _check_same(resizer, config)
     return config
 

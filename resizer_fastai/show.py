@@ -413,15 +413,16 @@ def interpret(self:ResizerLearner,
     "Predict every image once, for a look at the mistakes"
     return ResizerInterpretation.from_learner(self, ds_idx, dl)
 
-# %% ../nbs/03_show.ipynb #90b3ec55
-def _show_pairs(interp, idxs, title, what):
+# %% ../nbs/03_show.ipynb #be7616a1
+def _show_pairs(interp, idxs, title, what, nrows, figsize):
     "Input and resized image at each of `idxs`, two pairs a row"
     idxs = tensor(idxs).view(-1).tolist()
     if not idxs: raise ValueError('no images to show')
-    model,rows = get_model(interp.learn.model),math.ceil(len(idxs)/2)
+    model,rows = get_model(interp.learn.model),nrows or math.ceil(len(idxs)/2)
+    cols = 2*math.ceil(len(idxs)/rows)
     views = resized_views(model, _dl_batch(interp.dl, idxs)[0], ())
     lo,hi = value_range(views['resized'])
-    fig,axs = plt.subplots(rows, 4, figsize=(9,2.4*rows+0.5), squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(rows, cols, figsize=figsize or (2.25*cols,2.4*rows+0.5), squeeze=False, layout='constrained')
     for ax in axs.flat[2*len(idxs):]: ax.remove()
     for i,left,right,x,y in zip(idxs, axs.flat[::2], axs.flat[1::2], *views.values()):
         pred,true = interp.decoded[i],interp.targs[i]
@@ -432,25 +433,29 @@ def _show_pairs(interp, idxs, title, what):
     fig.suptitle(f'{what}; input {_size(x)}, resized {_size(y)} ({lo:.2f} to {hi:.2f})', fontsize=9)
     return fig
 
-# %% ../nbs/03_show.ipynb #a7aa18b5
+# %% ../nbs/03_show.ipynb #260c2e8d
 @patch
 def plot_top_losses(self:ResizerInterpretation,
     k:int|list, # How many, or which ranks
     largest:bool=True, # The largest losses, or the smallest
+    nrows:int=None, # Rows; by default with two pairs each
+    figsize:tuple=None, # In inches
 ) -> plt.Figure:
     "Input and resized image of the largest losses, with prediction, target, loss and largest output"
     ranks = list(k) if is_listy(k) or isinstance(k, range) else slice(k)
     def title(pred, true, i):
         return f'{pred} / {true} / {self.losses[i].item():.2f} / {self.preds[i].max().item():.2f}'
     what = 'prediction / target / loss / largest output'
-    return _show_pairs(self, self.top_losses(None, largest)[1][ranks], title, what)
+    return _show_pairs(self, self.top_losses(None, largest)[1][ranks], title, what, nrows, figsize)
 
 @patch
 def show_results(self:ResizerInterpretation,
     idxs:list, # Places in the images
+    nrows:int=None, # Rows; by default with two pairs each
+    figsize:tuple=None, # In inches
 ) -> plt.Figure:
     "Input and resized image, with target and prediction"
-    return _show_pairs(self, idxs, lambda pred,true,i: f'{true}\n{pred}', 'target, prediction')
+    return _show_pairs(self, idxs, lambda pred,true,i: f'{true}\n{pred}', 'target, prediction', nrows, figsize)
 
 # %% ../nbs/03_show.ipynb #3c8b4dd5
 def _page(learn, i):
@@ -490,49 +495,23 @@ def explore(
     turn(None)
     return w.VBox([w.HBox([which,nth]), page])
 
-# %% ../nbs/03_show.ipynb #2fb69c1a
-def picture(
-    file:str|Path, # An image
-    alt:str, # What it shows, for those who cannot see it
-    caption:str='', # How to read it
-) -> dict: # For a section of `write_report`
-    "A picture for a report"
-    return dict(file=file, alt=alt, caption=caption)
-
-def section(
-    title:str, # Heading
-    *text:str, # Paragraphs
-    code:str='', # Shown as it is typed
-    table:tuple=(), # Names of the columns, and rows
-    pictures:list=(), # From `picture`
-    details:dict=None, # A table that is folded away: `title` and `table`
-) -> dict: # For `write_report`
-    "A part of a report"
-    return dict(title=title, text=text, code=code, table=table, pictures=pictures, details=details)
-
-# %% ../nbs/03_show.ipynb #d80d3a9e
-def _embedded(p, small):
-    "A picture with its file as a data URL, as a JPEG if `small`"
-    data = Path(p['file']).read_bytes()
-    with Image.open(io.BytesIO(data)) as im:
-        size,mime,out = im.size,im.format.lower(),io.BytesIO()
-        if small: im.convert('RGB').save(out, 'jpeg', quality=60)
-    if small: mime,data = 'jpeg',out.getvalue()
-    src = f'data:image/{mime};base64,{b64encode(data).decode()}'
-    return p | dict(src=src, width=size[0], height=size[1], wide=size[0]>700)
+# %% ../nbs/03_show.ipynb #54414883
+def _embedded(picture):
+    "A picture with its file as a data URL"
+    with Image.open(picture['file']) as im: im.convert('RGB').save(out := io.BytesIO(), 'jpeg', quality=80)
+    src = f'data:image/jpeg;base64,{b64encode(out.getvalue()).decode()}'
+    return picture | dict(src=src, width=im.width, height=im.height, wide=im.width>700)
 
 def write_report(
     file:str|Path, # HTML file to write
     title:str, # What it is about
     lead:list, # First paragraphs
     facts:list, # Pairs of a name and a value, shown large
-    sections:list, # From `section`
+    sections:list, # Dicts of `title`, and if you like `text`, `code`, `table` (columns, rows), `pictures` and `details`
 ) -> Path: # `file`
-    "Write one self-contained page; over 5 MB its pictures become JPEG"
+    "Write one self-contained page; a picture is a dict of `file`, `alt` and `caption`, and `details` is a folded table"
     env = Environment(loader=PackageLoader('resizer_fastai'), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    for small in (False,True):
-        shown = [s | dict(pictures=[_embedded(p, small) for p in s['pictures']]) for s in sections]
-        html = env.get_template('report.html').render(title=title, lead=lead, facts=facts, sections=shown)
-        if len(html)<5e6: break
+    shown = [s | dict(pictures=[_embedded(p) for p in s.get('pictures', [])]) for s in sections]
+    html = env.get_template('report.html').render(title=title, lead=lead, facts=facts, sections=shown)
     Path(file).write_bytes(html.encode(errors='backslashreplace'))   # file names may hold bytes that are no text
     return Path(file)

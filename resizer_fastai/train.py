@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schedules', 'optimizers', 'recipes', 'resizer_train', 'read_run', 'plot_curves', 'load_run']
 
-# %% ../nbs/04_train.ipynb #9b6bae79
+# %% ../nbs/04_train.ipynb #c67a3538
 import platform, shlex, shutil, subprocess
 from fastai.vision.all import *
 from filelock import FileLock, Timeout
@@ -20,7 +20,7 @@ from .data import get_dls, get_path, only_known, parse_size
 from .learner import AdamW, DecayMatrices, Muon, ResizerClassifier, ResizerLearner, resizer_learner
 from .learner import FiniteLoss, RecalibrateBN, named_resizer, pick_precision, plain_head, precision_cbs
 from .resizer import resizer_config
-from .show import Film, picture, section, write_report
+from .show import Film, write_report
 
 # %% ../nbs/04_train.ipynb #e7e12922
 def fit_flat_cos(
@@ -386,7 +386,7 @@ def save_pictures(
     if params(learn.resizer) and hasattr(learn, 'film'): draw['film'] = learn.plot_film
     for name,f in draw.items(): save_figure(f(), learn.path/'images'/f'{name}.png')
 
-# %% ../nbs/04_train.ipynb #c9a6edb4
+# %% ../nbs/04_train.ipynb #9b67db03
 captions = dict(
     curves=('Losses and validation accuracy by epoch', ''),
     resized=('Images of each class before and after the resizer, beside plain resizes',
@@ -403,9 +403,10 @@ captions = dict(
 def run_pictures(
     path:Path, # Run folder
     *names:str, # Keys of `captions`
-) -> list: # From `picture`
-    "Those pictures of a run that are there, for `section`"
-    return [picture(f, *captions[f.stem]) for f in (path/'images'/f'{n}.png' for n in names) if f.exists()]
+) -> list: # Dicts of `file`, `alt` and `caption`
+    "Those pictures of a run that are there, for `write_report`"
+    files = [path/'images'/f'{n}.png' for n in names]
+    return [dict(zip(('file','alt','caption'), (f,*captions[f.stem]))) for f in files if f.exists()]
 
 # %% ../nbs/04_train.ipynb #3a491fc8
 def made_with(
@@ -419,7 +420,7 @@ def made_with(
             ['classes', len(d['classes'])], ['median short side, pixels', d['short_side']],
             ['images enlarged', f'{d["enlarged"]:.0%}']]
 
-# %% ../nbs/04_train.ipynb #c8d45376
+# %% ../nbs/04_train.ipynb #cc30fa95
 def run_report(
     path:Path, # Run folder
     run:dict, # Its `run.json`, with metrics
@@ -435,12 +436,12 @@ def run_report(
     facts += [(f'parameters, {k}', f'{v:,}') for k,v in run['parameters'].items()]
     confused = ['actual','predicted','images'],[list(o) for o in interp.most_confused()[:10]]
     every_epoch = dict(title='Every epoch', table=(list(metrics), metrics.values.tolist()))
-    sections = [section('Learning curves', pictures=run_pictures(path, 'curves'), details=every_epoch),
-                section('What the resizer does', pictures=run_pictures(path, 'resized', 'film')),
-                section('Frequencies', pictures=run_pictures(path, 'spectrum', 'response')),
-                section('Mistakes', pictures=run_pictures(path, 'confusion', 'top_losses'), table=confused),
-                section('How it was made', code=run['command'], table=(['what','value'], made_with(run)))]
-    sections = [s for s in sections if s['pictures'] or s['table']]
+    sections = [dict(title='Learning curves', pictures=run_pictures(path, 'curves'), details=every_epoch),
+                dict(title='What the resizer does', pictures=run_pictures(path, 'resized', 'film')),
+                dict(title='Frequencies', pictures=run_pictures(path, 'spectrum', 'response')),
+                dict(title='Mistakes', pictures=run_pictures(path, 'confusion', 'top_losses'), table=confused),
+                dict(title='How it was made', code=run['command'], table=(['what','value'], made_with(run)))]
+    sections = [s for s in sections if s.get('pictures') or s.get('table')]
     return write_report(path/'report.html', path.name, lead, facts, sections)
 
 # %% ../nbs/04_train.ipynb #ca4ed4e5

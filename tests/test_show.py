@@ -8,7 +8,7 @@ from fastai.vision.all import (
 from conftest import make_images
 from resizer_fastai.data import get_dls
 from resizer_fastai.learner import plain_head, resizer_learner
-from resizer_fastai.show import Film, class_spectra, explore, picture, resized_views, section, write_report
+from resizer_fastai.show import Film, class_spectra, explore, resized_views, write_report
 
 def small(dls=None, size=32, out=16, **kwargs):
     set_seed(0)
@@ -145,17 +145,15 @@ def test_figures_of_classes_with_any_name(tmp_path):
     labels = [ax.get_ylabel() for ax in l.show_resized().axes[:20:4]]
     assert sorted(labels) == sorted([r'\$cash\$', r'a_\$^{\$', names[2], 'bad\ufffd', 'x'*27+'…'])
 
-@pytest.mark.parametrize('n,kind', [(1, 'png'), (3, 'jpeg')])
-def test_write_report_is_self_contained_and_escapes(tmp_path, n, kind):
-    "Pictures as they are, or JPEG if the page would be over 5 MB"
-    noise = np.random.default_rng(0).integers(0, 256, (100*n**2, 1500, 3), dtype=np.uint8)
-    PIL.Image.fromarray(noise).save(tmp_path/'a.png')
+def test_write_report_is_self_contained_and_escapes(tmp_path):
+    PIL.Image.new('RGB', (1500, 100)).save(tmp_path/'a.png')
     rows = [['<b>&amp;', 1, float('nan')], [b'bad\xff'.decode(errors='surrogateescape'), 2, 0.123456]]
-    seen = section('One', '<script>', table=(list('abc'), rows), pictures=[picture(tmp_path/'a.png', 'a "word"')]*n)
+    picture = dict(file=tmp_path/'a.png', alt='a "word"')
+    seen = dict(title='One', text=['<script>'], table=(list('abc'), rows), pictures=[picture])
     html = write_report(tmp_path/'r.html', 'A & B', ['<i>'], [('accuracy', 1)], [seen]).read_text()
     assert '&lt;b&gt;&amp;amp;' in html and '0.1235' in html and not re.search('<(b|i|script)>', html)
-    assert not re.search(r'(src|href)="(?!data:|#)', html) and len(html) < 5e6
-    assert re.findall('(?s)class="wide".*?data:image/(.*?);.*?alt="a &#34;word&#34;"', html) == [kind]*n
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
+    assert re.search('(?s)class="wide".*?data:image/jpeg;.*?alt="a &#34;word&#34;"', html)
 
 def test_explore_turns_pages(learn):
     pytest.importorskip('ipywidgets')
