@@ -448,7 +448,7 @@ def _add_normalize(dls, mean, std):
     cuda = torch.device(ifnone(dls.device, 'cpu')).type!='cpu'
     dls.add_tfms([Normalize.from_stats(mean, std, cuda=cuda)], 'after_batch')
 
-# %% ../nbs/02_learner.ipynb #6223251c
+# %% ../nbs/02_learner.ipynb #4b6c154b
 def _is_known(t):
     "Whether transform `t` does to validation images what `predict` does, or nothing"
     if type(t) is IntToFloatTensor: return t.div==255
@@ -478,7 +478,7 @@ def _one_image(dls):
 def _images_of(dls):
     "What a model has to know of the images of `dls`"
     vocab = getattr(dls, 'vocab', None)
-    if vocab is not None: vocab = None if any(map(is_listy, vocab)) else list(map(str, vocab))   # of several targets
+    if vocab is not None: vocab = None if any(hasattr(o, 'o2i') for o in vocab) else list(map(str, vocab))   # of targets
     return dict(read=known_reader(dls), input_size=list(_one_image(dls).shape[-2:]), vocab=vocab)
 
 # %% ../nbs/02_learner.ipynb #bd36f3d8

@@ -1,12 +1,13 @@
 "Images in any state and under any name, splits, and the cache across processes."
-import io, os, random, signal, struct, time, zlib
+import io, os, random, signal, struct, time, warnings, zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastai.vision.all import Learner, TensorImage, Transform, load_learner, nn, set_seed
+from fastai.vision.all import DataBlock, ImageBlock, Learner, MaskBlock, PointBlock, TensorImage, Transform, load_learner, nn, set_seed
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from conftest import make_images
 from resizer_fastai import data
 from resizer_fastai.check import resizer_check
@@ -131,6 +132,19 @@ def test_flip_can_be_turned_off(tmp_path, flip):
     dls = get_dls(tmp_path, size=16, bs=8, min_scale=1, flip=flip, num_workers=0)
     x = torch.cat([x[:, 0] for _ in range(3) for x, _ in dls.train])
     assert (x[..., :8].mean((1, 2)) < x[..., 8:].mean((1, 2))-0.5).any() == flip
+
+def test_read_image_in_threads_leaves_the_warnings_as_they_are(tmp_path):
+    files = [f for f in make_images(tmp_path, [f'{i}.png' for i in range(20)]).iterdir()]
+    files[0].write_bytes(files[0].read_bytes()[:-500])
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda f: read_image(f, 16), files*10))
+    assert warnings.filters == before and not ImageFile.LOAD_TRUNCATED_IMAGES
+
+def test_random_crop_flip_refuses_points_and_masks(tmp_path):
+    files = list(make_images(tmp_path, [f'{i}.png' for i in range(8)]).iterdir())
+    for block, get_y in ((PointBlock, lambda f: [[1., 2.]]), (MaskBlock, lambda f: np.zeros((40, 40), np.uint8))):
+        dls = DataBlock((ImageBlock, block), get_y=get_y, batch_tfms=data.RandomCropFlip()).dataloaders(files, bs=2, num_workers=0)
+        with pytest.raises(TypeError, match='use aug_transforms'): dls.one_batch()
 
 @pytest.fixture
 def messy(tmp_path):

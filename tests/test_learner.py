@@ -4,15 +4,16 @@ from functools import partial
 
 import numpy as np, pytest, torch
 from conftest import needs_timm
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, ImageBlock, ImageDataLoaders, IntToFloatTensor, MixUp, MultiCategoryBlock,
-                               RandomSplitter, RegressionBlock, Resize, TensorImage, TransformBlock, accuracy, image2tensor, load_learner, nn,
-                               no_random, parent_label, resnet18, set_seed)
+from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelStepException, CategoryBlock, DataBlock, DataLoaders, GrandparentSplitter,
+                               ImageBlock, ImageDataLoaders, IntToFloatTensor, MixUp, MultiCategoryBlock, RandomSplitter, RandTransform,
+                               ReduceLROnPlateau, RegressionBlock, Resize, TensorImage, TransformBlock, accuracy, aug_transforms, image2tensor,
+                               load_learner, nn, no_random, parent_label, resnet18, set_seed)
 from PIL import Image
 from torch.utils.data import DataLoader as TorchLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor as ToTorch
 from resizer_fastai.data import ReadImage, get_dls, get_path, image_files, resizer_block
-from resizer_fastai.learner import (Autocast, FiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLR, bodies, plain_head,
+from resizer_fastai.learner import (Autocast, FiniteLoss, RecalibrateBN, ResizerClassifier, ResizerLearner, ResizerLR, bodies, plain_head,
                                     resizer_learner)
 from resizer_fastai.resizer import FixedResizer, Resizer, resizers
 
@@ -106,6 +107,29 @@ def readers(root):
     yield True, block.dataloaders(root, bs=4, num_workers=0)
     yield False, block.new(item_tfms=lambda x: x.flip(-1)).dataloaders(root, bs=4, num_workers=0)
     yield False, ImageDataLoaders.from_folder(root, item_tfms=Resize(32), bs=4, num_workers=0)
+    yield True, block.new(batch_tfms=aug_transforms()).dataloaders(root, bs=4, num_workers=0)
+
+class Mirrored(ReadImage):
+    def encodes(self, o): return super().encodes(o).flip(-1)
+
+class Darker(RandTransform):
+    "In validation, too, as the wrapper of Albumentations in fastai's documentation"
+    split_idx = None
+    def encodes(self, x: TensorImage): return x/2
+
+def crop(file): return Image.open(file).crop((0, 0, 20, 20))
+
+others = dict(subclass=dict(type_tfms=[Mirrored(32)]), after=dict(type_tfms=[ReadImage(32), lambda x: 255-x]), scale=dict(batch_tfms=IntToFloatTensor(div=127)),
+              augmentation=dict(batch_tfms=[IntToFloatTensor, Darker(p=1.)]))
+
+@pytest.mark.parametrize('name', [*others, 'get_x'])
+def test_images_that_are_changed_in_validation_are_not_read_by_the_model(name, tmp_path):
+    root, split = upside_down(tmp_path), GrandparentSplitter('train', 'valid')
+    images = TransformBlock(**dict(type_tfms=[ReadImage(32)], batch_tfms=IntToFloatTensor) | others.get(name, {}))
+    for get_x, knows in ((None, False),) if name != 'get_x' else ((crop, False), (lambda file: str(file), True)):
+        block = DataBlock((images, CategoryBlock), get_items=image_files, get_x=get_x, get_y=parent_label, splitter=split)
+        dls = block.dataloaders(root, bs=4, num_workers=0)
+        assert (resizer_learner(dls, resnet18, **small).model.read is not None) == knows
 
 def test_model_reads_images_only_if_its_loaders_read_through_read_image(tmp_path):
     root = upside_down(tmp_path/'data')
@@ -152,10 +176,12 @@ outputs = dict(
     several=(MultiCategoryBlock, lambda f: [f.parent.name], nn.BCEWithLogitsLoss(), 'sigmoid'),
     several_by_fastai=(MultiCategoryBlock, lambda f: [f.parent.name], None, 'sigmoid'),
     value=(RegressionBlock, lambda f: float(f.stem), None, 'none'),
+    probabilities=(MultiCategoryBlock, lambda f: [f.parent.name], nn.BCELoss(), 'none'),
+    one_output=(RegressionBlock, lambda f: float(int(f.stem) % 2), BCEWithLogitsLossFlat(), 'sigmoid'),
     weighted=(CategoryBlock, parent_label, nn.CrossEntropyLoss(weight=torch.ones(10)), 'softmax'))
 
 @pytest.mark.parametrize('block,get_y,loss,activation', outputs.values(), ids=outputs)
-def test_predict_obeys_the_target_block(block, get_y, loss, activation, tmp_path):
+def test_predict_obeys_the_loss_and_the_target_block(block, get_y, loss, activation, tmp_path):
     dls = labelled(block, get_y)
     learn = resizer_learner(dls, resnet18, loss_func=loss, path=tmp_path, **small)
     learn.save_pretrained(tmp_path)
@@ -163,6 +189,60 @@ def test_predict_obeys_the_target_block(block, get_y, loss, activation, tmp_path
     with torch.no_grad(): logits = model(x)
     want = dict(sigmoid=logits.sigmoid(), softmax=logits.softmax(1), none=logits)[activation]
     torch.testing.assert_close(model.predict(x)[2], want)
+
+def test_several_targets_have_no_vocab(tmp_path):
+    block = DataBlock((ImageBlock, CategoryBlock, CategoryBlock), n_inp=1, get_y=[parent_label, lambda f: int(f.stem) % 2], item_tfms=Resize(32))
+    dls = block.dataloaders(image_files(get_path('sample'))[::30], bs=4)
+    learn = resizer_learner(dls, resnet18, n_out=12, loss_func=lambda x, a, b: x.square().mean(), **small)
+    fit(learn)
+    assert learn.model.vocab is None and learn.model.activation == 'none'
+
+# What a user of `vision_learner` does
+
+def test_saved_model_goes_on_training_where_it_was(learn, dls, tmp_path):
+    "In a learner of its own, whose loaders do not normalise yet"
+    fit(learn)
+    learn.save_pretrained(tmp_path)
+    fresh = get_dls('sample', size=64, bs=8, limit=16, num_workers=0)
+    again = ResizerLearner(fresh, ResizerClassifier.from_pretrained(tmp_path), path=tmp_path)
+    with learn.no_bar(), again.no_bar(): torch.testing.assert_close(again.get_preds()[0], learn.get_preds()[0])
+    fit(again)
+
+def test_export_changes_nothing_and_needs_no_images(tmp_path):
+    root = upside_down(tmp_path/'data')
+    learn = resizer_learner(resizer_block(32, min_scale=1).dataloaders(root, bs=4, num_workers=0), resnet18, path=tmp_path, **small)
+    learn.model.read = read = ReadImage(40)
+    root.rename(tmp_path/'moved')
+    learn.export()
+    assert learn.model.read is read and len(learn.dls.train_ds) == 8
+
+def test_statistics_of_model_and_loaders_agree(tmp_path):
+    files = list(image_files(get_path('sample'))[::30])
+    for kwargs, want in ((dict(stats=([0.5], [0.25])), 0.25), (dict(stats=([0.5]*3, [0.25]*3), normalize=False), 1)):
+        images = TransformBlock(type_tfms=ReadImage(32), batch_tfms=IntToFloatTensor)
+        block = DataBlock((images, CategoryBlock), get_y=parent_label, splitter=RandomSplitter(seed=0))
+        dls = block.dataloaders(files, bs=4, num_workers=0)
+        learn = resizer_learner(dls, resnet18, path=tmp_path, **small | kwargs)
+        assert {*learn.model.std.flatten().tolist()} == {want}
+        with learn.no_bar(): preds, _ = learn.get_preds()
+        torch.testing.assert_close(learn.model.predict(dls.valid_ds.items)[2], preds, rtol=1e-4, atol=1e-4)
+
+def test_reduce_lr_on_plateau(learn):
+    fit(learn, 2, 0.01, cbs=ReduceLROnPlateau('valid_loss', patience=0, min_delta=100))
+    assert [h['lr'] for h in learn.opt.hypers] == [pytest.approx(1e-3)]*len(learn.opt.param_lists)
+
+def test_resizer_lr_passes_over_a_cancelled_step(dls, tmp_path):
+    class Cancel(Callback):
+        order = ResizerLR.order-1
+        def before_step(self): raise CancelStepException
+    learn = resizer_learner(dls, resnet18, path=tmp_path, lr_mult=0.1, cbs=Cancel(), **small)
+    before = [p.clone() for p in learn.resizer.parameters()]
+    fit(learn)
+    for a, b in zip(before, learn.resizer.parameters()): assert torch.equal(a, b)
+
+def test_model_is_exported_by_torch():
+    model, x = ResizerClassifier('resnet18', 3, size=16, input_size=32).eval(), torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 # What is saved
 
