@@ -1,5 +1,7 @@
 "results/ says what its runs say, and stays small."
 import os, re, shlex, subprocess, sys
+from functools import cache
+from itertools import permutations
 import pandas as pd, pytest
 from conftest import repo
 
@@ -79,16 +81,16 @@ def test_table_of_cost_is_what_speed_csv_says():
     for model, named in {'fastai, aug_transforms': 'aug_transforms', '--cache none': '--cache none', '--cache disk': '--cache disk'}.items():
         assert re.search(rf'\b{loading[model]:.0f}\b[^.,]*`{named}`|`{named}` {loading[model]:.0f} ', readme)
 
+@cache
 def figures():
-    "Mean accuracies, single accuracies, and differences of any two resizers with their intervals, as they are printed"
+    "Accuracies and their means, and differences of any two resizers with their intervals, as they are printed"
     said = {f'{o:.2f}' for o in runs.accuracy}
-    one_run = pd.concat(of(o).assign(resizer=o) for o in runs.experiment.unique() if o.startswith('woof-448'))
-    for df in [of(o) for o in runs.experiment.unique()] + [one_run.drop_duplicates('resizer')]:
-        names = df.resizer.unique()
-        said |= {f'{o:.2f}' for o in df.groupby('resizer').accuracy.mean()}
-        for a in names:
-            for d in (by_seed(df, a, b) for b in names if b!=a):
-                if len(d): said |= {f'{o:+.2f}' for o in (d.mean(), *interval(d))}
+    one_run = runs[runs.experiment.str.startswith('woof-448')].assign(resizer=lambda df: df.experiment+df.resizer)
+    for df in [*map(of, runs.experiment.unique()), one_run]:
+        wide = df.pivot(index='seed', columns='resizer', values='accuracy')
+        said |= {f'{o:.2f}' for o in wide.mean()}
+        for d in ((wide[a]-wide[b]).dropna() for a, b in permutations(wide, 2)):
+            said |= {f'{d.mean():+.2f}', *(f'{o:+.2f}' for o in (interval(d) if len(d)>2 else ()))}
     return said | {o.lstrip('+') for o in said}
 
 @pytest.mark.parametrize('text', [readme, rules], ids=['README', 'preregistration'])
