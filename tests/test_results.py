@@ -85,21 +85,28 @@ def test_table_of_cost_is_what_speed_csv_says():
 
 @cache
 def figures():
-    "Accuracies and their means, and differences of any two resizers with their intervals, as they are printed"
-    said = {f'{o:.2f}' for o in runs.accuracy}
+    "Accuracies, their means, and differences of any two resizers, as they are printed; and those with their intervals"
+    said,ranged = {f'{o:.2f}' for o in runs.accuracy},set()
     one_run = runs[runs.experiment.str.startswith('woof-448')].assign(resizer=lambda df: df.experiment+df.resizer)
     for df in [*map(of, runs.experiment.unique()), one_run]:
         wide = df.pivot(index='seed', columns='resizer', values='accuracy')
         said |= {f'{o:.2f}' for o in wide.mean()}
         for d in ((wide[a]-wide[b]).dropna() for a, b in permutations(wide, 2)):
-            said |= {f'{d.mean():+.2f}', *(f'{o:+.2f}' for o in (interval(d) if len(d)>2 else ()))}
-    return said | {o.lstrip('+') for o in said}
+            said.add(f'{d.mean():+.2f}')
+            if len(d)>2: ranged.add(tuple(f'{o:+.2f}' for o in (d.mean(), *interval(d))))
+    return said | {o.lstrip('+') for o in said}, ranged
 
 @pytest.mark.parametrize('text', [readme, rules], ids=['README', 'preregistration'])
-def test_figure_in_prose_is_one_of_the_runs(text):
+def test_figures_in_prose_are_those_of_the_runs(text):
     prose = '\n'.join(o for o in text.splitlines() if not o.startswith('|'))
-    found = re.findall(r'(?<![\w.])[+-]?\d+\.\d\d(?![\d.])', prose)
-    assert len(found)>5 and not set(found)-figures()
+    said,ranged = figures()
+    number,either = r'([+-]\d+\.\d\d)',r'([+-]?\d+\.\d\d)'
+    between = r'(?: points)?(?: (?:over|above) \S+| above)? \((?:95 % interval )?'   # `+0.70 points over bilinear (`
+    with_interval = rf'{either}{between}{number} to {number}'
+    found = re.findall(with_interval, prose)
+    assert len(found)>2 and not {(o if o[0] in '+-' else '+'+o, *e) for o, *e in found}-ranged
+    single = re.findall(r'(?<![\w.])[+-]?\d+\.\d\d(?![\d.])', re.sub(with_interval, '', prose))
+    assert single and not set(single)-said
 
 def test_first_lines_are_what_the_tables_say():
     first = '\n'.join(readme.splitlines()[2:5])
