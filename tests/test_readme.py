@@ -1,10 +1,13 @@
-"README's blocks run, on fewer images and for one epoch."
+"README's blocks run, on fewer images and for one epoch; its numbers are those of results/; it stays short."
 import re, shlex
+from importlib.util import find_spec
 import pytest
-from conftest import repo
-from fastai.vision.all import plt
+from conftest import make_images, repo
+from fastai.vision.all import plt, resnet18
+from resizer_fastai.learner import bodies
 
-blocks = re.findall(r'```(\w*)\n(.*?)```', (repo/'README.md').read_text(), flags=re.DOTALL)
+readme = (repo/'README.md').read_text()
+blocks = re.findall(r'```(\w*)\n(.*?)```', readme, flags=re.DOTALL)
 commands = [o for kind, block in blocks if not kind for o in block.splitlines() if o.startswith('resizer_')]
 
 @pytest.mark.slow
@@ -19,7 +22,90 @@ def test_python_block_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('line', commands)
-def test_command_runs(command, line):
+def test_command_runs(command, line, tmp_path, monkeypatch):
+    "Nothing is downloaded: `photos` are drawn, and the pretrained body is none"
+    if 'muon' in line and not find_spec('timm'): pytest.skip('no timm')
+    make_images(tmp_path/'photos', [f'{c}/{i}.png' for c in ('cat', 'dog') for i in range(10)])
+    if '--pretrained' in line: monkeypatch.setitem(bodies, 'resnet18', lambda pretrained=True: resnet18())
+    small = '--limit 10 --epochs 1 --bs 5 --num_workers 0 --arch resnet18 --size 64 --out 32'.split() if 'check' not in line else []
+    if 'compare' in line: small += ['--seeds', 0]
     name, *args = shlex.split(line)
-    status, out, err = command(name, *args, '--limit', 10, '--epochs', 1, '--bs', 5, '--num_workers', 0)
-    assert status == 0 and 'accuracy' in out, err
+    status, out, err = command(name, *args, *small)
+    assert status == 0 and ('accuracy' in out or '20 images of 2 classes' in out), err
+
+# Numbers
+
+if (repo/'results').exists():
+    from test_results import DIFFERENCE, MEMORY, SHARE, row, runs, speed, tables
+
+rows = [('sample', 'none'), ('sample', 'learned'), ('sample', 'muller'), ('woof-192-96', 'none'), ('woof-192-96-learned', 'learned'),
+        ('woof-192-96-fresh', 'learned from zero'), ('woof-192-96-muon', 'learned'), ('pretrained', 'learned, rate x 0.01')]
+
+def said(experiment, resizer):
+    "What the table has to say in a row; columns without a meaning there are empty"
+    accuracy, difference, seeds, share, time = row(experiment, resizer, 'bilinear', ['accuracy, %', DIFFERENCE, 'seeds', SHARE, 'time'])
+    return [accuracy, difference, seeds, *dict(sample=[share if resizer != 'none' else '', time]).get(experiment, ['', ''])]
+
+def mean(experiment, resizer): return f'{runs.query("experiment==@experiment and resizer==@resizer").accuracy.mean():.2f}'
+
+def cost(what, model, scale=1): return speed.query('experiment=="speed" and what==@what and model==@model').value.item()/scale
+
+def difference(*args): return said(*args)[1]
+
+def claims():
+    "Sentences of README, as the runs have them"
+    points, low, high = re.findall(r'[+-][\d.]+', difference('woof-192-96-learned', 'learned'))
+    step = {k: f'{cost("training step", k):.2f}' for k in ('plain module', 'none')}
+    return dict(
+        drawn=f'behind the resizer is right on {mean("sample", "learned")} % of the validation images, behind bilinear interpolation on '
+              f'{mean("sample", "bilinear")} %, and on {mean("sample", "none")} % if it sees the large images itself',
+        photographs=f'was {points.lstrip("+")} percentage points better than bilinear over ten pairs of runs, with a 95 % interval of {low} to {high}',
+        to_win=f'there was {difference("woof-192-96", "none").split()[0].lstrip("+")} points to win in all',
+        time=f'a training step takes {step["plain module"]} times as long as behind bilinear. Training the ResNet-50 on the 448-pixel images '
+             f'takes {step["none"]} times as long',
+        pretrained=f'{difference("pretrained", "learned, rate x 0.01")} on 400 photographs. At the full learning rate it lost '
+                   f'{difference("pretrained", "learned, rate x 1").split()[0].lstrip("-")} points'.replace(' (', ' points (', 1),
+        recipe=f'it reached {mean("woof-448-224-muon", "bilinear")} % behind bilinear, where the default recipe reached {mean("woof-448-224", "bilinear")} %')
+
+def prose(): return re.sub(r'\s+', ' ', re.sub(r'```.*?```', '', readme, flags=re.DOTALL))
+
+needs_results = pytest.mark.skipif(not (repo/'results').exists(), reason='only the installed library is here')
+
+@needs_results
+@pytest.mark.parametrize('name', ['drawn', 'photographs', 'to_win', 'time', 'pretrained', 'recipe'])
+def test_sentence_says_what_the_runs_say(name):
+    print(claims()[name])
+    assert claims()[name] in prose()
+
+@needs_results
+@pytest.mark.parametrize('i', range(len(rows)), ids=[' '.join(o) for o in rows])
+def test_row_says_what_the_runs_say(i):
+    experiment, resizer = rows[i]
+    print(runs.query('experiment==@experiment and resizer in ["bilinear", @resizer]').to_string())
+    table = next(lines for head, lines in tables(readme) if 'seeds' in head)
+    assert len(table) == len(rows) and table[i][2:] == said(experiment, resizer)
+
+@needs_results
+def test_table_of_cost_says_what_was_measured():
+    table = next(lines for head, lines in tables(readme) if 'training step' in head)
+    for cells, model in zip(table, ('plain module', 'none'), strict=True):
+        print(speed.query('experiment=="speed" and model==@model').to_string())
+        assert cells[1:] == [f'{cost(o, model):.2f}' for o in ('training step', 'inference')] + [f'{cost(MEMORY, model, 1e6):.0f}']
+
+@needs_results
+def test_every_number_has_a_source():
+    "But for those of others, which have theirs beside them, and for learning rates and versions"
+    text = prose().split('## What others found')[0]
+    for o in claims().values(): text = text.replace(o, '')
+    for o in rows: text = text.replace(' | '.join(said(*o)[:3]), '')
+    left = re.findall(r'(?<![\w.-])[+-]?\d+\.\d+(?![\w.])', re.sub(r'\]\([^)]*\)|Python 3.11|version 0.1', '', text))
+    shares = [o for pair in rows[:3] for o in said(*pair)[3:] if o]
+    costs = [f'{cost(o, model):.2f}' for o in ('training step', 'inference') for model in ('plain module', 'none')]
+    assert not set(left)-{*shares, *costs}
+
+def test_readme_is_short():
+    text = re.sub(r'^(\||!\[).*$', '', re.sub(r'```.*?```', '', readme, flags=re.DOTALL), flags=re.MULTILINE)
+    assert len(re.sub(r'\]\([^)]*\)', ']', text).split()) <= 900
+
+def test_pictures_are_there():
+    for o in re.findall(r'!\[.+?\]\((.+?)\)', readme): assert (repo/o).exists() or not (repo/'nbs').exists()
