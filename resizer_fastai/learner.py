@@ -276,13 +276,14 @@ def joint_split(
     groups = L(split(nn.Sequential(model.body, model.head)))
     return groups[:-1] + [groups[-1]+params(model.resizer)]
 
-# %% ../nbs/02_learner.ipynb #dddcdc42
+# %% ../nbs/02_learner.ipynb #1ad43246
 class _Hypers(dict):
     "Hyper-parameters of group `i`; one that is assigned is set in the optimizer, as `ReduceLROnPlateau` expects"
     def __init__(self, opt, i, values):
         super().__init__(values)
         self.opt,self.i = opt,i
-    def __setitem__(self, k, v): self.opt._set_hyper(k, [v if j==self.i else h[k] for j,h in enumerate(self.opt.hypers)])
+    def __setitem__(self, k, v):
+        self.opt._set_hyper(k, [v if j==self.i else h[k] for j,h in enumerate(self.opt.hypers)])
 
 class DecayMatrices(OptimWrapper):
     "An optimizer of PyTorch with weight decay on tensors of two dimensions and more only"
@@ -448,7 +449,7 @@ def _add_normalize(dls, mean, std):
     cuda = torch.device(ifnone(dls.device, 'cpu')).type!='cpu'
     dls.add_tfms([Normalize.from_stats(mean, std, cuda=cuda)], 'after_batch')
 
-# %% ../nbs/02_learner.ipynb #4b6c154b
+# %% ../nbs/02_learner.ipynb #5b1f674e
 def _is_known(t):
     "Whether transform `t` does to validation images what `predict` does, or nothing"
     if type(t) is IntToFloatTensor: return t.div==255
@@ -465,9 +466,9 @@ def known_reader(
     *choose,last = dls.train_ds.tls[0].tfms.fs
     item = compose(*choose)(dls.train_ds.tls[0].items[0])   # `get_x` may choose the file, and no more
     pipelines = [getattr(dls.valid, o) for o in ('after_item','before_batch','after_batch')]
-    known = all(_is_known(t) for p in pipelines for t in getattr(p, 'fs', []))
-    if type(read) is not ReadImage or last is not read or not isinstance(item, (str,Path,bytes)) or not known: return None
-    return ReadImage(read.size, read.resize, read.background)
+    reads_last = type(read) is ReadImage and last is read and isinstance(item, (str,Path,bytes))
+    known = reads_last and all(_is_known(t) for p in pipelines for t in getattr(p, 'fs', []))
+    return ReadImage(read.size, read.resize, read.background) if known else None
 
 def _one_image(dls):
     "One validation image as it reaches the model, shape (1, C, H, W) or a whole batch of a PyTorch loader"
@@ -478,14 +479,15 @@ def _one_image(dls):
 def _images_of(dls):
     "What a model has to know of the images of `dls`"
     vocab = getattr(dls, 'vocab', None)
-    if vocab is not None: vocab = None if any(hasattr(o, 'o2i') for o in vocab) else list(map(str, vocab))   # of targets
+    if vocab is not None and any(hasattr(o, 'o2i') for o in vocab): vocab = None   # one for each of several targets
+    if vocab is not None: vocab = list(map(str, vocab))
     return dict(read=known_reader(dls), input_size=list(_one_image(dls).shape[-2:]), vocab=vocab)
 
-# %% ../nbs/02_learner.ipynb #bd36f3d8
+# %% ../nbs/02_learner.ipynb #922116b6
 _losses = [(nn.BCEWithLogitsLoss,'sigmoid'), (nn.BCELoss,'none'), (nn.CrossEntropyLoss,'softmax'),
            (LabelSmoothingCrossEntropy,'softmax'), (FocalLoss,'softmax')]
 _functions = {F.binary_cross_entropy_with_logits: 'sigmoid', F.binary_cross_entropy: 'none', F.cross_entropy: 'softmax'}
-_targets = [(EncodedMultiCategorize,'sigmoid'), (MultiCategorize,'sigmoid'), (Categorize,'softmax')]   # subclasses first
+_targets = [(EncodedMultiCategorize,'sigmoid'), (MultiCategorize,'sigmoid'), (Categorize,'softmax')]   # from special on
 
 def _meaning(known, said): return next((name for cls,name in known if any(isinstance(o, cls) for o in said)), None)
 
