@@ -80,7 +80,7 @@ def results_table(
         table.loc[name, ['share','share_low','share_high']] = share_of_detail(runs, name)
     return table
 
-# %% ../nbs/05_compare.ipynb #890c474d
+# %% ../nbs/05_compare.ipynb #fcff10fb
 def sentences(
     runs:pd.DataFrame, # As for `results_table`
     base:str='bilinear', # The resizer that the others are compared with
@@ -89,6 +89,7 @@ def sentences(
     "What the table says and what it does not: no verdict with fewer than three seeds"
     table,worth = results_table(runs, base),headroom(runs)
     said = [_verdict(name, base, r) for name,r in table.drop(base).iterrows()]
+    said += _of_what_there_is(runs, table)
     if not worth.empty: said += _headroom_sentences(worth, table)
     if n_valid and n_valid<200: said.append(f'Only {n_valid} validation images: one is {100/n_valid:.1f} points.')
     return said
@@ -101,6 +102,16 @@ def _verdict(name, base, r):
     if r.pairs<3: return f'{figure} with {seeds}: too few for a verdict.'
     verdict = 'This is more than seeds explain.' if r.low>0 or r.high<0 else 'Seeds alone could explain it.'
     return f'{figure} (95 % interval {r.low:+.2f} to {r.high:+.2f}, {seeds}). {verdict}'
+
+def _of_what_there_is(runs, table):
+    "What the large images are worth, and how much of that each resizer wins, in words for everybody"
+    others = table.index.drop(['bilinear','none','blurred'], errors='ignore')
+    if not {'bilinear','none'} <= set(table.index) or others.empty: return []
+    gain = {k: by_seed(runs, k, 'bilinear').mean() for k in ('none',*others)}
+    if not gain['none']>0: return ['The classifier gains nothing if it sees the large images themselves.']
+    won = ', '.join(f'{k} wins {gain[k]:.2f}' for k in others)
+    return [f'The classifier gains {gain["none"]:.2f} points if it sees the large images themselves (none); '
+            f'of these, {won}.']
 
 def _headroom_sentences(worth, table):
     def ranged(o): return f' ({o.low:+.2f} to {o.high:+.2f})' if o.seeds>2 else ''
@@ -178,7 +189,7 @@ def plot_runs(
     ax.legend(fontsize=7)
     return fig
 
-# %% ../nbs/05_compare.ipynb #33288416
+# %% ../nbs/05_compare.ipynb #3d90a60d
 def write_comparison(
     root:Path, # Folder of a comparison
     base:str='bilinear', # The resizer that the others are compared with
@@ -199,7 +210,7 @@ def write_comparison(
 def _report(root, runs, table, said, run):
     save_figure(plot_runs(runs), root/'images'/'runs.png')
     shown = readable(table)
-    one_seed = runs.drop_duplicates('resizer')
+    one_seed = runs[runs.resizer!=table.index[0]].drop_duplicates('resizer')   # without the base
     looks = [dict(title=f'{r.resizer}, seed {r.seed}', pictures=run_pictures(Path(r.path), 'resized'))
              for r in one_seed.itertuples()]
     seeds = dict(file=root/'images'/'runs.png', alt='Accuracy of every run, a line a seed')
