@@ -48,6 +48,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert weights(a) == weights(b) and metrics(a) == metrics(b)
     assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
 
+@pytest.mark.slow
 def test_two_processes_of_one_name(tmp_path):
     args = flags(epochs=2, name='one', **small)
     both = [process(*args, cwd=tmp_path) for _ in range(2)]
