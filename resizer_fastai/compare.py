@@ -80,7 +80,7 @@ def results_table(
         table.loc[name, ['share','share_low','share_high']] = share_of_detail(runs, name)
     return table
 
-# %% ../nbs/05_compare.ipynb #fcff10fb
+# %% ../nbs/05_compare.ipynb #966197d3
 def sentences(
     runs:pd.DataFrame, # As for `results_table`
     base:str='bilinear', # The resizer that the others are compared with
@@ -108,9 +108,9 @@ def _of_what_there_is(runs, table):
     others = table.index.drop(['bilinear','none','blurred'], errors='ignore')
     if not {'bilinear','none'} <= set(table.index) or others.empty: return []
     gain = {k: by_seed(runs, k, 'bilinear').mean() for k in ('none',*others)}
-    if not gain['none']>0: return ['The classifier gains nothing if it sees the large images themselves.']
-    won = ', '.join(f'{k} wins {gain[k]:.2f}' for k in others)
-    return [f'The classifier gains {gain["none"]:.2f} points if it sees the large images themselves (none); '
+    if not gain['none']>0: return ['In these runs, the classifier gained nothing from seeing the large images.']
+    won = ', '.join(f'{k} won {gain[k]:.2f}' for k in others)
+    return [f'In these runs, the classifier gained {gain["none"]:.2f} points from seeing the large images (none); '
             f'of these, {won}.']
 
 def _headroom_sentences(worth, table):
@@ -219,11 +219,11 @@ def _report(root, runs, table, said, run):
     sections = [results, *[o for o in looks if o['pictures']], made]
     write_report(root/'report.html', root.name, said, [(k, f'{o:.2f} %') for k,o in table.accuracy.items()], sections)
 
-# %% ../nbs/05_compare.ipynb #5f84276e
+# %% ../nbs/05_compare.ipynb #8e253d33
 @cli_command
 @delegates(resizer_train, but=['resizer','seed','resume'])
 def resizer_compare(
-    resizers:str='learned', # Names, separated by commas; with blurred and none, the table has the headroom
+    resizers:str='learned', # Names, separated by commas; blurred and none add the headroom
     seeds:str='0,1,2', # Numbers, separated by commas
     base:str='bilinear', # The resizer that the others are compared with
     dry_run:bool=False, # Print a command a run, and train nothing

@@ -449,7 +449,7 @@ def _add_normalize(dls, mean, std):
     cuda = torch.device(ifnone(dls.device, 'cpu')).type!='cpu'
     dls.add_tfms([Normalize.from_stats(mean, std, cuda=cuda)], 'after_batch')
 
-# %% ../nbs/02_learner.ipynb #5b1f674e
+# %% ../nbs/02_learner.ipynb #33628c70
 def _is_known(t):
     "Whether transform `t` does to validation images what `predict` does, or nothing"
     if type(t) is IntToFloatTensor: return t.div==255
@@ -462,7 +462,7 @@ def known_reader(
 ) -> ReadImage: # None where something else has a say
     "How `dls` reads its validation images, if `ReadImage` and a `Normalize` say it all"
     read = image_reader(dls)
-    if not read: return None
+    if not read or not isinstance(dls.valid, TfmdDL): return None
     *choose,last = dls.train_ds.tls[0].tfms.fs
     item = compose(*choose)(dls.train_ds.tls[0].items[0])   # `get_x` may choose the file, and no more
     pipelines = [getattr(dls.valid, o) for o in ('after_item','before_batch','after_batch')]
@@ -481,7 +481,13 @@ def _images_of(dls):
     vocab = getattr(dls, 'vocab', None)
     if vocab is not None and any(hasattr(o, 'o2i') for o in vocab): vocab = None   # one for each of several targets
     if vocab is not None: vocab = list(map(str, vocab))
-    return dict(read=known_reader(dls), input_size=list(_one_image(dls).shape[-2:]), vocab=vocab)
+    x = _one_image(dls)
+    return dict(read=known_reader(dls), n_in=x.shape[1], input_size=list(x.shape[-2:]), vocab=vocab)
+
+def _check_channels(images, n_in):
+    n = images['n_in']
+    if n!=n_in: raise ValueError(
+        f'the images have {n} channel{"s"*(n>1)}, and the model {n_in}: pass n_in={n} to resizer_learner')
 
 # %% ../nbs/02_learner.ipynb #922116b6
 _losses = [(nn.BCEWithLogitsLoss,'sigmoid'), (nn.BCELoss,'none'), (nn.CrossEntropyLoss,'softmax'),
@@ -500,7 +506,7 @@ def output_activation(
     of_loss = _meaning(_losses, [getattr(loss_func, 'func', loss_func)]) or _functions.get(loss_func)
     return of_loss or (_meaning(_targets, tls[1].tfms.fs) if len(tls)==2 else None) or 'none'
 
-# %% ../nbs/02_learner.ipynb #306d7b94
+# %% ../nbs/02_learner.ipynb #f8e34d13
 class ResizerLearner(Learner):
     "A `Learner` of a `ResizerClassifier`; it takes other loaders of the same classes: `learn.dls = get_dls(...)`"
     @delegates(Learner.__init__)
@@ -525,6 +531,7 @@ class ResizerLearner(Learner):
     def _adapt(self, model, dls):
         "Normalise `dls` as the images before, and have the model read images as `dls` does"
         now = _images_of(dls)
+        _check_channels(now, model.n_in)
         if now['vocab']!=model.vocab: raise ValueError(
             f'the model knows the classes {", ".join(model.vocab or ["none by name"])}; these loaders have '
             f'{", ".join(now["vocab"] or ["none by name"])}: give them the same, in the same order')
@@ -548,7 +555,7 @@ def _warn_of_other_stats(used, wanted, whose):
     warn(f'images are normalised with {used}, and {whose} expects {(mean,std)}: '
          f'give new loaders Normalize.from_stats({mean}, {std})')
 
-# %% ../nbs/02_learner.ipynb #4baa075c
+# %% ../nbs/02_learner.ipynb #60333bc9
 @delegates(create_vision_model)
 def resizer_learner(
     dls:DataLoaders, # Images and targets, at the resizer's input size
@@ -578,8 +585,8 @@ def resizer_learner(
 ) -> ResizerLearner:
     "A `Learner` that trains a resizer and a classifier together"
     if callable(get_body(arch)): only_known(resizer_learner, kwargs)   # timm has arguments of its own
-    channels = _one_image(dls).shape[1]
-    if channels!=n_in: raise ValueError(f'the images have {channels} channel{"s"*(channels>1)}: pass n_in={channels}')
+    images = _images_of(dls)
+    _check_channels(images, n_in)
     n_out = ifnone(n_out, get_c(dls))
     if not n_out: raise ValueError('the number of outputs cannot be told from dls: pass n_out')
     wanted = ifnone(stats, body_stats(arch, weights) if pretrained else None)
@@ -589,7 +596,7 @@ def resizer_learner(
     norm = _normalize(dls)
     unseen = None if isinstance(dls.train, TfmdDL) else stats   # loaders of PyTorch normalise where nobody can see it
     mean,std = [o.flatten().tolist() for o in (norm.mean,norm.std)] if norm else ifnone(unseen, (None,None))
-    model = ResizerClassifier(arch, n_out, resizer, size, n_in, mean=mean, std=std, **_images_of(dls),
+    model = ResizerClassifier(arch, n_out, resizer, size, mean=mean, std=std, **images,
         activation=output_activation(dls, loss_func), pretrained=pretrained, weights=weights, **kwargs)
     if norm:
         _warn_of_other_stats((mean,std), wanted, 'the model')

@@ -58,10 +58,10 @@ def start_as_xresnet(
     for o in body.modules():
         if isinstance(o, (BasicBlock,Bottleneck)): nn.init.zeros_(getattr(o, 'bn3', o.bn2).weight)
 
-# %% ../nbs/04_train.ipynb #11feaafc
+# %% ../nbs/04_train.ipynb #be237902
 @cli_command
 def resizer_train(
-    data:str='imagenette', # sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder of images
+    data:str='imagenette', # sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder
     limit:int=None, # Use this many images of each split, balanced over the classes
     valid_pct:float=None, # Share of each class for validation, in a folder without train and val
     noisy:int=None, # Percentage of wrong labels in training, for Imagenette and Imagewoof: 1, 5, 25 or 50

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pytest, torch
 from conftest import needs_timm
 from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CancelStepException, CategoryBlock, DataBlock, DataLoaders, GrandparentSplitter,
-                               ImageBlock, ImageDataLoaders, IntToFloatTensor, MixUp, MultiCategoryBlock, RandomSplitter, RandTransform,
+                               ImageBlock, ImageDataLoaders, IntToFloatTensor, MixUp, MultiCategoryBlock, PILImageBW, RandomSplitter, RandTransform,
                                ReduceLROnPlateau, RegressionBlock, Resize, TensorImage, TransformBlock, accuracy, aug_transforms, image2tensor,
                                load_learner, nn, no_random, parent_label, resnet18, set_seed)
 from PIL import Image
@@ -165,6 +165,10 @@ def test_other_loaders_have_the_same_classes_in_the_same_order(learn, tmp_path):
     backwards = DataBlock((ImageBlock, CategoryBlock(vocab=learn.dls.vocab[::-1], sort=False)), get_y=parent_label, item_tfms=Resize(48))
     with pytest.raises(ValueError, match='in the same order'): learn.dls = backwards.dataloaders(files, bs=4)
     assert learn.model.vocab == list(learn.dls.vocab)
+
+def test_other_loaders_have_the_same_channels(learn):
+    grey = DataBlock((ImageBlock(PILImageBW), CategoryBlock(vocab=learn.dls.vocab)), get_y=parent_label, item_tfms=Resize(64))
+    with pytest.raises(ValueError, match='have 1 channel, and the model 3'): learn.dls = grey.dataloaders(image_files(get_path('sample'))[::30], bs=4)
 
 # What outputs mean
 
