@@ -267,6 +267,7 @@ def test_disk_cache_on_a_full_disk_leaves_nothing(folder, cache_dir, monkeypatch
     monkeypatch.setattr(data.shutil, 'disk_usage', lambda p: type('usage', (), dict(free=1000)))
     with pytest.raises(OSError, match='GB left: make room there'): loaders(folder, 'disk')
 
+@pytest.mark.slow
 def test_spawned_workers_read_the_disk_cache(tmp_path):
     root = make_images(tmp_path, [f'{s}/{c}/{i}.png' for s in ('train', 'val') for c in 'ab' for i in range(2)])
     valid = loaders(root, 'disk').valid

@@ -67,6 +67,7 @@ def test_resizer_module_needs_torch_only():
     code = "import sys, resizer_fastai.resizer; print([m for m in ('fastai', 'matplotlib', 'pandas', 'nbdev') if m in sys.modules])"
     assert python(code).stdout.strip() == '[]'
 
+@pytest.mark.slow
 def test_library_needs_no_notebook():
     code = "import sys; from resizer_fastai.all import *; print([m for m in ('nbdev', 'execnb', 'ipykernel') if m in sys.modules])"
     assert python(code).stdout.strip() == '[]'

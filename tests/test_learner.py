@@ -272,6 +272,7 @@ class Mine(nn.Module):
     def forward(self, x): return interpolate(x, self.size)
 '''
 
+@pytest.mark.slow
 def test_resizer_of_ones_own_comes_back_only_where_it_is_registered(tmp_path):
     def python(code): return subprocess.run([sys.executable, '-W', 'ignore', '-c', own+code], cwd=tmp_path, capture_output=True, text=True)
     saved = python("resizers['mine'] = Mine; ResizerClassifier('resnet18', 3, 'mine', size=8, input_size=16).save_pretrained('m')")
@@ -318,6 +319,7 @@ def test_resizer_learner_answers_for_its_own_keywords(learn, kwargs):
 
 # Callbacks
 
+@pytest.mark.slow
 def test_autocast_scales_gradients_and_skips_steps(learn, monkeypatch):
     "As with float16, whose convolutions are slow on a CPU: the scale starts far too large, and no step changes the weights"
     monkeypatch.setattr(Autocast, 'context', lambda self: torch.autocast('cpu', torch.bfloat16))

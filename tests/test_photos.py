@@ -7,6 +7,7 @@ from resizer_fastai.data import check_images, class_name, get_dls, image_files, 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path, monkeypatch): monkeypatch.setenv('RESIZER_CACHE', str(tmp_path))
 
+@pytest.mark.slow
 def test_photos_train_and_come_back(photos, tmp_path):
     from resizer_fastai.learner import ResizerClassifier
     from resizer_fastai.train import resizer_train
@@ -31,6 +32,7 @@ def test_check_images_finds_the_known_pairs(photos):
     here = [p for p in pairs if set(p) <= set(df.stem)]
     assert sorted(map(sorted, same)) == sorted(map(sorted, here)) and (df.problem == '').all()
 
+@pytest.mark.slow
 @pytest.mark.parametrize('noisy', [1, 5, 25, 50])
 def test_noisy_labels_are_in_training_only(photos, noisy):
     right, wrong = [get_dls(photos, size=8, limit=400, num_workers=0, noisy=o) for o in (None, noisy)]
