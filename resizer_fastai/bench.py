@@ -101,7 +101,7 @@ def _call_ms(f):
 def take_turns(
     fs:dict, # Name -> function to time
     rounds:int=5, # Times that each has its turn
-) -> pd.DataFrame: # Milliseconds; a row a round, a column a function
+) -> pd.DataFrame: # Milliseconds; one row per round, one column per function
     "Time functions in turn, so that a busy machine slows down all of them"
     for f in fs.values(): f()   # compiles, and chooses kernels
     return pd.DataFrame([{k: _call_ms(f) for k,f in fs.items()} for _ in range(rounds)])
@@ -121,7 +121,7 @@ def bench_model(
     precision:str='auto', # As for `pick_precision`
     compile:bool=False, # Compile every model
     rounds:int=5, # Times that each model has its turn
-) -> pd.DataFrame: # A row a model
+) -> pd.DataFrame: # One row per model
     "Time training steps and inference with and without a resizer, and count what training saves for backward"
     resizers = dict(
         body=nn.Identity(), reference=ReferenceResizer(out), learned=Resizer(out),
@@ -143,7 +143,7 @@ def _fastai_loader(files, size, bs, num_workers):
         num_workers=num_workers, device=default_device()).train
 
 def _images_per_s(dl, start):
-    "Images a second since `start`, of a pass over `dl` that begins now"
+    "Images per second since `start`, of a pass over `dl` that begins now"
     n = sum(len(b[0]) for b in dl)
     return n/(_now()-start)
 
@@ -153,9 +153,9 @@ def bench_data(
     size:int|tuple=448, # Of the images, in pixels: a number, or (height, width)
     bs:int=8, # Images in a batch
     limit:int=None, # Training images; by default all
-    num_workers:int=None, # Processes that read images; by default one a core, at most 16
+    num_workers:int=None, # Processes that read images; by default one per core, at most 16
     rounds:int=5, # Passes over each loader, after the first
-) -> pd.DataFrame: # A row a loader
+) -> pd.DataFrame: # One row per loader
     "Time passes over the training images: fastai's way, and `get_dls` with each cache"
     loaders,first = {},{}
     with tempfile.TemporaryDirectory() as tmp, mock.patch.dict(os.environ, RESIZER_CACHE=tmp):
@@ -174,7 +174,7 @@ def bench_data(
 
 # %% ../nbs/07_bench.ipynb #8aae1585
 def _machine(precision):
-    "What a table was measured on"
+    "Machine, precision and versions of a table"
     v = versions()
     return f'{device_name(default_device())}, {pick_precision(precision)}, torch {v["torch"]}, fastai {v["fastai"]}'
 
@@ -184,20 +184,20 @@ def resizer_bench(
     what:str='model', # model: training steps and inference; data: loaders
     arch:str='resnet50', # Body: a torchvision classifier, a fastai xresnet, or timm/NAME
     size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
-    out:str='224', # Target size in pixels
+    out:str='224', # Target size in pixels: one number, or HEIGHTxWIDTH
     bs:int=8, # Images in a batch
     precision:str='auto', # auto, fp32, bf16, or on CUDA fp16
     compile:bool=False, # Compile every model
     rounds:int=5, # Times that each model or loader has its turn
     data:str='sample', # For data: sample, imagenette[-320|-160], imagewoof[-320|-160], or a folder
     limit:int=None, # For data: training images; by default all
-    num_workers:int=None, # For data: processes that read images; by default one a core, at most 16
+    num_workers:int=None, # For data: processes that read images; by default one per core, at most 16
     debug:bool=False, # Show the traceback of an error
 ) -> pd.DataFrame: # As `bench_model` or `bench_data`
-    "What a resizer costs on this machine: print a table of models, or of loaders, all measured in turn"
+    "Print what a resizer costs on this machine: a table of models, or of loaders, all measured in turn"
     size,out = parse_size(size),parse_size(out)
     if what=='model': df = bench_model(arch, size, out, bs, precision, compile, rounds)
     elif what=='data': df = bench_data(data, size, bs, limit, num_workers, rounds)
-    else: raise ValueError(f'what is model or data: got {what}')
+    else: raise ValueError(f'what must be model or data: got {what}')
     print(_machine(precision), df.round(2).to_string(), sep='\n')
     return df

@@ -16,7 +16,7 @@ def folder_report(
     root:str|Path, # A folder of images
     valid_pct:float=None, # As for `split_files`
 ) -> pd.DataFrame: # `check_images` with `name`, `split`, `label`, and `same_as`, the first file with the same pixels
-    "A row for each image of a folder"
+    "One row per image of a folder"
     root,files = Path(os.path.abspath(root)),image_files(root)
     df = check_images(files)
     try: splits = _split_folders(files) if valid_pct is None else _split_pct(files, valid_pct)
@@ -69,12 +69,12 @@ def _sizes(df, size):
 def resizer_check(
     data:str, # A folder of images, or sample, imagenette[-320|-160], imagewoof[-320|-160]
     size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
-    out:str='224', # Target size of the resizer
+    out:str='224', # Target size in pixels: one number, or HEIGHTxWIDTH
     valid_pct:float=None, # Share of each class for validation, in a folder without train and val
     csv:str=None, # Write a row for each image to this file
     debug:bool=False, # Show the traceback of an error
 ) -> pd.DataFrame: # From `folder_report`
-    "Look at every image of a folder: what is unreadable, truncated, too small or there twice, and what sizes there are"
+    "Report unreadable, truncated, small and duplicate images of a folder, and the distribution of image sizes"
     root,size,out = get_path(data),min(_hw(parse_size(size))),min(_hw(parse_size(out)))
     df = folder_report(root, valid_pct)
     n = ', '.join(f'{n} in {split or "neither train nor val"}' for split,n in df.split.value_counts().items())

@@ -27,7 +27,7 @@ bodies |= {o: getattr(models.xresnet, o) for o in models.xresnet.__all__ if re.f
 def get_body(
     arch:str|Callable, # A key of `bodies`, timm/NAME, or a function that makes a model and takes `pretrained`
 ) -> str|Callable: # What fastai makes the model of: a function, or timm's NAME
-    "What is behind the name of a body; ValueError for an unknown one"
+    "Look up a body by its name; ValueError for an unknown one"
     if callable(arch): return arch
     name = arch.removeprefix('timm/')
     if name==arch and arch in bodies: return bodies[arch]
@@ -100,7 +100,7 @@ def named_resizer(
     size:int|tuple, # Target size in pixels: a number, or (height, width)
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start at the plain resize, with `zero_init`
-) -> nn.Module: # Drawn from a random generator of its own
+) -> nn.Module: # Initialised from its own random generator
     "A resizer with the arguments that follow from the model; what its entry in `resizers` fixes by `partial` stays"
     f = resizers.get(name)
     free = set(inspect.signature(f).parameters) - set(getattr(f, 'keywords', {})) if callable(f) else set()
@@ -110,10 +110,10 @@ def named_resizer(
 
 @torch.no_grad()
 def _channels_out(resizer, n_in, size):
-    "How many channels `resizer` puts out for images of `n_in`"
+    "How many channels `resizer` outputs for images of `n_in`"
     like = first([*resizer.parameters(), torch.zeros(())])
     with evaluating(resizer): y = resizer(like.new_zeros(1, n_in, *size))
-    if y.ndim!=4: raise ValueError(f'a resizer puts out a batch of shape (B, C, h, w): got {tuple(y.shape)}')
+    if y.ndim!=4: raise ValueError(f'a resizer must output shape (B, C, h, w): got {tuple(y.shape)}')
     return y.shape[1]
 
 # %% ../nbs/02_learner.ipynb #dd268e70
@@ -144,12 +144,13 @@ class ResizerClassifier(nn.Module):
         self.head_args = kwargs
         self.input_size = read.size if read else list(input_size) if is_listy(input_size) else [input_size]*2
         self.resizer = named_resizer(resizer, size, n_in, pretrained) if isinstance(resizer, str) else resizer
-        if not isinstance(self.resizer, nn.Module): raise ValueError(f'resizer is a name or a module: got {resizer}')
+        if not isinstance(self.resizer, nn.Module):
+            raise ValueError(f'resizer must be a name or a module: got {resizer}')
         n_small = _channels_out(self.resizer, n_in, self.input_size)
         self.body,self.head = make_classifier(arch, n_out, pretrained, weights, n_in=n_small, **kwargs)
         self.set_stats(ifnone(mean, [0.]*n_in), ifnone(std, [1.]*n_in))
         if activation not in activations:
-            raise ValueError(f'activation is one of {", ".join(activations)}: got {activation}')
+            raise ValueError(f'activation must be one of {", ".join(activations)}: got {activation}')
         if vocab is not None and len(vocab)!=n_out:
             raise ValueError(f'there are {len(vocab)} names of classes for {n_out} outputs')
 
@@ -159,7 +160,7 @@ class ResizerClassifier(nn.Module):
     ):
         "Change what images are normalised with in `predict`, and in what is saved"
         if not {len(mean),len(std)} <= {1,self.n_in} or not all(o>0 for o in std): raise ValueError(
-            f'mean and std have a value for each of {self.n_in} channels, std above 0: got {mean} and {std}')
+            f'mean and std must have a value for each of {self.n_in} channels, std above 0: got {mean} and {std}')
         for k,o in dict(mean=mean, std=std).items():
             o = tensor(o, dtype=torch.float).view(-1,1,1).to(one_param(self).device)
             self.register_buffer(k, o, persistent=False)
@@ -206,7 +207,8 @@ def from_pretrained(cls:ResizerClassifier,
     names,folder = ['config.json','model.safetensors'],Path(path)
     try: folder = folder if folder.is_dir() else Path(snapshot_download(str(path), allow_patterns=names, **kwargs))
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(f'{path} is neither a folder nor a repository that the Hub gives: {e}') from e
+        raise FileNotFoundError(f'{path} is neither a folder nor a repository on the Hugging Face Hub that can be '
+                                f'downloaded: {e}') from e
     missing = [o for o in names if not (folder/o).is_file()]
     if missing: raise FileNotFoundError(f'no {" and no ".join(missing)} in {folder}')
     with naming(folder/'config.json'):
@@ -253,7 +255,7 @@ def predict(self:ResizerClassifier,
     Names are of the classes at the indices, or None without `vocab`."""
     batch,like = _is_batch(images),one_param(self)
     if batch and images.shape[1]!=self.n_in:
-        raise ValueError(f'a batch has the shape (N, {self.n_in}, H, W): got {tuple(images.shape)}')
+        raise ValueError(f'a batch must have shape (N, {self.n_in}, H, W): got {tuple(images.shape)}')
     if not batch: images = _listed(images)
     if not len(images): raise ValueError('there are no images to predict')
     parts = images.split(bs) if batch else chunked(images, bs)
@@ -309,9 +311,9 @@ class DecayMatrices(OptimWrapper):
 def AdamW(
     params, # Parameters, or a list of lists: the groups
     lr:float|slice=defaults.lr, # Learning rate
-    mom:float=0.9, # Decay of the mean of the gradients
-    sqr_mom:float=0.99, # Decay of the mean of their squares
-    eps:float=1e-5, # Added to the root of the latter
+    mom:float=0.9, # Decay rate of the running mean of the gradients, beta1
+    sqr_mom:float=0.99, # Decay rate of the running mean of their squares, beta2
+    eps:float=1e-5, # Added to the denominator for numerical stability
     wd:float=0.01, # Weight decay, decoupled from the gradient
 ) -> DecayMatrices:
     "PyTorch's fused `AdamW`"
@@ -321,8 +323,8 @@ def AdamW(
 def Muon(
     params, # Parameters, or a list of lists: the groups
     lr:float|slice=defaults.lr, # Learning rate
-    mom:float=0.95, # Decay of the mean of the gradients; that of NAdamW is 0.9
-    sqr_mom:float=0.99, # Decay of the mean of their squares, in NAdamW
+    mom:float=0.95, # Decay rate of the running mean of the gradients; that of NAdamW, beta1, is 0.9
+    sqr_mom:float=0.99, # Decay rate of the running mean of their squares, beta2 of NAdamW
     eps:float=1e-7, # Smallest norm that a gradient is divided by
     wd:float=0.01, # Weight decay, decoupled from the gradient
 ) -> DecayMatrices:
@@ -366,18 +368,18 @@ def pick_precision(
     precision:str='auto', # auto, fp32, bf16, or on CUDA fp16
     device:torch.device=None, # Where the model trains; by default fastai's choice
 ) -> str: # fp32, bf16 or fp16
-    "What auto means on `device`: bf16 where it computes in that, else fp16 on CUDA, else fp32"
+    "Resolve auto on `device`: bf16 where it computes in that, else fp16 on CUDA, else fp32"
     device = torch.device(ifnone(device, default_device()))
     if precision=='auto': return 'bf16' if has_bf16(device) else 'fp16' if device.type=='cuda' else 'fp32'
     if precision in ('fp32','bf16') or (precision=='fp16' and device.type=='cuda'): return precision
-    raise ValueError(f'precision is auto, fp32, bf16 or (on CUDA only) fp16: got {precision} on {device.type}')
+    raise ValueError(f'precision must be auto, fp32, bf16 or (on CUDA only) fp16: got {precision} on {device.type}')
 
 # %% ../nbs/02_learner.ipynb #54277ac6
 def precision_cbs(
     precision:str='auto', # As for `pick_precision`
     device:torch.device=None, # Where the model trains; by default fastai's choice
 ) -> list: # Callbacks for a `Learner`
-    "What makes a `Learner` train in `precision`"
+    "Callbacks that make a `Learner` train in `precision`"
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(pick_precision(precision, device))
     return [Autocast(dtype)] if dtype else []
 
@@ -477,7 +479,7 @@ def _one_image(dls):
     with no_random(): return first(dl)[0]
 
 def _images_of(dls):
-    "What a model has to know of the images of `dls`"
+    "All that a model has to know of the images of `dls`"
     vocab = getattr(dls, 'vocab', None)
     if vocab is not None and any(hasattr(o, 'o2i') for o in vocab): vocab = None   # one for each of several targets
     if vocab is not None: vocab = list(map(str, vocab))
@@ -501,7 +503,7 @@ def output_activation(
     dls:DataLoaders,
     loss_func=None, # That the model is trained with
 ) -> str: # softmax, sigmoid or none
-    "What makes probabilities of the outputs, as far as the loss or the target block tells"
+    "The activation that turns outputs into probabilities, from the loss or else the target block"
     tls = getattr(dls.train_ds, 'tls', [])
     of_loss = _meaning(_losses, [getattr(loss_func, 'func', loss_func)]) or _functions.get(loss_func)
     return of_loss or (_meaning(_targets, tls[1].tfms.fs) if len(tls)==2 else None) or 'none'
@@ -539,7 +541,7 @@ class ResizerLearner(Learner):
         if {*mean}!={0.} or {*std}!={1.}: _add_normalize(dls, mean, std)
         norm = _normalize(dls)
         if norm and not _same_stats((norm.mean,norm.std), (mean,std)): raise ValueError(
-            f'these loaders normalise otherwise than the model expects: give them Normalize.from_stats({mean}, {std})')
+            f'these loaders do not normalise as the model expects: give them Normalize.from_stats({mean}, {std})')
         for k,v in now.items(): setattr(model, k, v)
 
     def one_batch(self, i, b):
@@ -562,12 +564,12 @@ def resizer_learner(
     arch:str|Callable, # Body: a function such as `resnet50`, a key of `bodies`, or timm/NAME
     resizer:str|nn.Module='learned', # A key of `resizers`, or a module that maps (B, C, H, W) to (B, C', h, w)
     size:int|tuple=224, # Target size in pixels of a resizer given by name: a number, or (height, width)
-    normalize:bool=True, # Normalise with `stats`, unless `dls` normalises or `n_in` does not fit
+    normalize:bool=True, # Normalise with `stats`, unless `dls` does or `stats` do not match `n_in` channels
     stats:tuple=None, # Mean and std of each channel; by default those of the pretrained weights, else ImageNet's
     n_out:int=None, # Outputs; by default the classes of `dls`
     pretrained:bool=True, # Start the body from ImageNet's weights and freeze it, as `vision_learner` does
     weights=None, # Which of torchvision's weights, such as 'IMAGENET1K_V1'; by default the best
-    lr_mult:float=None, # Multiple of the head's learning rate for the resizer; by default its own if pretrained, else 1
+    lr_mult:float=None, # Resizer's learning rate over the head's; by default its own `lr_mult` if pretrained, else 1
     loss_func=None, # By default that of `dls`
     opt_func:Callable=AdamW, # Optimizer
     lr:float|slice=defaults.lr, # Default learning rate
@@ -576,14 +578,23 @@ def resizer_learner(
     metrics=None, # Metrics on the validation set
     path:str|Path=None, # Where the learner writes; by default the folder you are in, never the data's
     model_dir:str|Path='models', # Folder under `path` for `learn.save`
-    wd:float=None, # Default weight decay
+    wd:float=None, # Default weight decay; by default that of `opt_func`, 0.01 for `AdamW`
     wd_bn_bias:bool=False, # For fastai's own optimizers: decay norms and biases as well
     train_bn:bool=True, # Keep training the norms of frozen layers
     moms:tuple=(0.95,0.85,0.95), # Momentum schedule of `fit_one_cycle`
     n_in:int=3, # Channels of the images
     **kwargs
 ) -> ResizerLearner:
-    "A `Learner` that trains a resizer and a classifier together"
+    """A `Learner` that trains a resizer and a classifier together.
+
+    Use it in the place of `vision_learner`: `dls` give large images, the resizer brings them to `size`, and the body
+    classifies the result. Both are one model with one loss. With pretrained weights, train with `fine_tune`: the body
+    starts frozen, and a resizer given by name starts as the plain resize. From random weights, use `fit_one_cycle`:
+
+        dls = get_dls('sample', size=128, bs=25)
+        learn = resizer_learner(dls, resnet18, size=64, pretrained=False, metrics=accuracy)
+        learn.fit_one_cycle(6, 3e-3)
+    """
     if callable(get_body(arch)): only_known(resizer_learner, kwargs)   # timm has arguments of its own
     images = _images_of(dls)
     _check_channels(images, n_in)

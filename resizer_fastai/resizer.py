@@ -23,11 +23,11 @@ def interpolate(
     x:Tensor, # Images or features, shape (B, C, H, W), any range
     size:int|tuple, # Target size in pixels: a number, or (height, width)
     mode:str='bilinear', # As for `F.interpolate`
-    antialias:bool=False, # Widen the filter when reducing; bilinear and bicubic only
+    antialias:bool=False, # Widen the filter when downsampling; bilinear and bicubic only
 ) -> Tensor: # Shape (B, C, h, w), the type of `x`
     "`F.interpolate` to a size; ValueError for anything but a batch"
     if not isinstance(x, Tensor) or x.ndim!=4:
-        raise ValueError(f'a resizer takes a batch of shape (B, C, H, W): got {getattr(x, "shape", type(x).__name__)}')
+        raise ValueError(f'images must have shape (B, C, H, W): got {getattr(x, "shape", type(x).__name__)}')
     wide = x.float() if antialias and x.dtype in (torch.bfloat16,torch.float16) else x   # CPUs have no such kernel
     return F.interpolate(wide, size, mode=mode, antialias=antialias).to(x.dtype)
 
@@ -81,7 +81,7 @@ class Resizer(nn.Module):
     def features(self, x, size): return self.resize(self.stem(x), size)
 
     def _checkpointed(self, x, size):
-        contexts = lambda: (nullcontext(), _statistics_kept(self.stem[-1]))
+        contexts = lambda: (nullcontext(), _frozen_running_stats(self.stem[-1]))
         return checkpoint(self.features, x, size, use_reentrant=False, context_fn=contexts)
 
     def forward(self,
@@ -107,7 +107,7 @@ def _start_as_copies(
 
 # %% ../nbs/01_resizer.ipynb #99c27e59
 @contextmanager
-def _statistics_kept(
+def _frozen_running_stats(
     norm:nn.BatchNorm2d,
 ):
     "Let `norm` see a batch a second time without a change of its running statistics"
@@ -124,7 +124,7 @@ class FixedResizer(nn.Module):
     def __init__(self,
         size:int|tuple=224, # Target size in pixels: a number, or (height, width)
         interpolate_mode:str='bilinear', # As for `F.interpolate`
-        antialias:bool=False, # Widen the filter when reducing, as Pillow does; bilinear and bicubic only
+        antialias:bool=False, # Widen the filter when downsampling, as Pillow does; bilinear and bicubic only
         restore:bool=False, # Resize back to the input size, without the detail that is lost
     ):
         super().__init__()
@@ -139,9 +139,12 @@ class FixedResizer(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{k}={getattr(self, k)!r}' for k in self.__stored_args__)
 
+# %% ../nbs/01_resizer.ipynb #a179ca4d
+muller_weights = dict(resnet50=dict(weight=[1.892,-11.295], bias=[-0.014,0.003]))   # google-research/muller, its demo
+
 # %% ../nbs/01_resizer.ipynb #de8cf5a1
 class MullerResizer(nn.Module):
-    "The multilayer Laplacian resizer MULLER of Tu, Milanfar and Talebi, ICCV 2023; the blur reflects at the border"
+    "The multilayer Laplacian resizer MULLER of Tu, Milanfar and Talebi, ICCV 2023"
     lr_mult = 1 # Its learning rate in front of a pretrained body, as a multiple of the head's
 
     def __init__(self,
@@ -151,10 +154,18 @@ class MullerResizer(nn.Module):
         sigma:float=1., # Its standard deviation in pixels
         interpolate_mode:str='bilinear', # Of every resize, as for `F.interpolate`
         antialias:bool=False, # Antialias every resize; bilinear and bicubic only
+        weights:str=None, # 'resnet50': the authors' parameters, for images from 0 to 1, and zeros beyond the border
     ):
         super().__init__()
         store_attr()
-        self.weight,self.bias = nn.Parameter(torch.zeros(num_layers)),nn.Parameter(torch.zeros(num_layers))
+        start = muller_weights[weights] if weights else dict(weight=[0.]*num_layers, bias=[0.]*num_layers)
+        self.weight,self.bias = [nn.Parameter(torch.tensor(start[k])) for k in ('weight','bias')]
+
+    def blur(self, x):
+        "Gaussian blur, where the image reflects at the border, or with the authors' weights ends in zeros"
+        if not self.weights: return gaussian_blur(x, self.kernel_size, self.sigma)
+        r = self.kernel_size//2
+        return gaussian_blur(F.pad(x, [r]*4), self.kernel_size, self.sigma)[...,r:-r,r:-r]
 
     def forward(self,
         x:Tensor, # Normalised images, shape (B, C, H, W)
@@ -165,7 +176,7 @@ class MullerResizer(nn.Module):
         res = resize(x)
         with torch.autocast(x.device.type, enabled=False):   # half precision would round the small difference away
             for w,b in zip(self.weight, self.bias):
-                blurred = gaussian_blur(x, self.kernel_size, self.sigma)
+                blurred = self.blur(x)
                 res = res + torch.tanh(w*resize(blurred-x) + b)
                 x = blurred
         return res
@@ -219,10 +230,10 @@ def _check_same(resizer, config):
     "Raise unless `config` gives a resizer of the same layers"
     try:
         with torch.random.fork_rng(devices=[]): again = make_resizer(**json.loads(json.dumps(config)))
-    except Exception as e: raise ValueError(f'{config["name"]} cannot be made again from {config}: {e}') from e
+    except Exception as e: raise ValueError(f'{config["name"]} cannot be rebuilt from {config}: {e}') from e
     def layers(m): return [repr(o) for o in m.children()] + [p.shape for p in m.state_dict().values()]
     if layers(again)!=layers(resizer): raise ValueError(
-        f'{config["name"]} would come back with other layers from {config}: store every argument under its own name')
+        f'{config["name"]} would be rebuilt with different layers from {config}: store each argument under its name')
 
 # %% ../nbs/01_resizer.ipynb #0fe80df8
 def save_resizer(
@@ -244,7 +255,7 @@ def _weights_file(file): return Path(file) if str(file).endswith('.safetensors')
 def naming(
     file:Path,
 ):
-    "Answer whatever does not fit while `file` is read by a ValueError that names it"
+    "Turn errors while reading `file` into a ValueError that names it"
     try: yield
     except KeyError as e: raise ValueError(f'{file} has no {e}') from e
     except (AttributeError, TypeError, RuntimeError, ValueError, SafetensorError) as e:

@@ -52,14 +52,14 @@ def _size(x): return 'x'.join(map(str, x.shape[-2:]))
 def resizer_title(
     resizer:nn.Module,
 ) -> str: # Its name in `resizers`, or that of its class
-    "What to call a resizer in a figure"
+    "The name of a resizer in a figure"
     return figure_text(getattr(resizer, 'resizer_name', type(resizer).__name__))
 
 def _titles(learn, views): return {k: resizer_title(learn.resizer) if k=='resized' else figure_text(k) for k in views}
 
 # %% ../nbs/03_show.ipynb #52b86e8e
 def _control(name, x, size):
-    "What the resizer `name` makes of images `x`"
+    "Images `x` after the resizer `name`"
     resizer = make_resizer(name, size)
     if params(resizer): raise ValueError(f'controls are resizers without weights, such as bilinear: {name} has some')
     return resizer(x)
@@ -146,7 +146,7 @@ def show_resized(self:ResizerLearner,
     controls:tuple=('bilinear',), # Resizers without weights to compare with, one or more
     scale:str='std', # Range of the resizer's column: 'std', 'minmax' or 'clip', as for `value_range`
 ) -> plt.Figure:
-    "A row an image: input, plain resizes, the output of the resizer, and its difference to the first plain one"
+    "One row per image: input, plain resizes, the output of the resizer, and its difference from the first plain one"
     x,labels = _chosen(self, items, per_class, classes)
     views = resized_views(get_model(self.model), x, controls)
     names,base,y = _titles(self, views),list(views)[1],views.pop('resized')
@@ -158,7 +158,7 @@ def show_resized(self:ResizerLearner,
     columns.append((f'{names["resized"]} - {names[base]}', diff, -top, top))
     fig,axs = _grid(columns, labels)
     for ax in axs[:,-1]: ax.images[0].set_cmap('RdBu_r')
-    _colorbar(fig, axs, 'difference, 1 = black to white')
+    _colorbar(fig, axs, 'difference (1 = black to white),\nsame scale in all rows')
     return fig
 
 # %% ../nbs/03_show.ipynb #65c1459d
@@ -193,7 +193,7 @@ class Film(Callback):
 def plot_film(self:ResizerLearner,
     n:int=8, # Most frames, 2 or more, evenly spread from the first to the last
 ) -> plt.Figure:
-    "A row an image, a column an epoch, all drawn in one range; needs the callback `Film`"
+    "One row per image, one column per epoch, all drawn in one range; needs the callback `Film`"
     film = getattr(self, 'film', None)
     if not film or not film.frames: raise ValueError('no film of this training: add the callback Film() before it')
     epochs = np.linspace(0, len(film.frames)-1, n).round().astype(int)
@@ -290,7 +290,7 @@ def grating_gain(
     model:ResizerClassifier,
     n:int=32, # Frequencies
     controls:tuple=('bilinear','antialias'), # Resizers without weights
-) -> pd.DataFrame: # A row a frequency, in cycles per pixel of the input; a column a resizer
+) -> pd.DataFrame: # One row per frequency, in cycles per pixel of the input; one column per resizer
     "Contrast of gratings after a resizer over that before: root mean square over pixels, directions and phases"
     def contrast(v, grey): return (v-grey).square().mean().sqrt().item()
     size = tuple(model.input_size)
@@ -306,7 +306,7 @@ def plot_response(self:ResizerLearner,
     n:int=32, # Frequencies
     controls:tuple=('bilinear','antialias'), # Resizers without weights to compare with
 ) -> plt.Figure:
-    "What resizers make of a zone plate, and their gain for gratings by frequency"
+    "A zone plate after several resizers, and their gain for gratings by frequency"
     model = get_model(self.model)
     views = _responses(model, zone_plate(model.input_size)[None], controls)
     names,colours,gain = _titles(self, views),_colours(views),grating_gain(model, n, controls)
@@ -331,7 +331,7 @@ def grad_cam(
     with evaluating(model):
         with torch.no_grad(): features = model.body(model.resizer(x.as_subclass(Tensor).to(model.mean.device)))
         if features.ndim!=4: raise ValueError(
-            f'Grad-CAM needs features of shape (N, C, h, w): this body puts out {tuple(features.shape)}')
+            f'Grad-CAM needs features of shape (N, C, h, w): this body outputs {tuple(features.shape)}')
         with torch.enable_grad():
             logits = model.head(features.requires_grad_())
             targets = logits.argmax(1) if targets is None else targets.to(logits.device)
@@ -348,7 +348,7 @@ def show_cam(self:ResizerLearner,
     classes:list=None, # Names of classes; by default all of them
     target:str|int=None, # Class, label or number of the output to look for evidence of; by default the largest output
 ) -> plt.Figure:
-    "A row an image: input, Grad-CAM on the input, and Grad-CAM on what the body sees"
+    "One row per image: input, Grad-CAM on the input, and Grad-CAM on what the body sees"
     x,labels = _chosen(self, items, per_class, classes)
     model = get_model(self.model)
     names = model.vocab or [f'output {i}' for i in range(model.n_out)]
@@ -362,7 +362,7 @@ def show_cam(self:ResizerLearner,
         for ax in row[1:]:
             extent = ax.images[0].get_extent()
             ax.imshow(cam.numpy(), extent=extent, cmap='viridis', vmin=0, vmax=1, alpha=0.55, interpolation='bilinear')
-    _colorbar(fig, axs, 'Grad-CAM, share of the largest')
+    _colorbar(fig, axs, 'Grad-CAM, relative to\nthe maximum of each image')
     return fig
 
 # %% ../nbs/03_show.ipynb #25ff9498
@@ -394,7 +394,7 @@ class ResizerInterpretation(ClassificationInterpretation):
 
     def confusion_matrix(self):
         "Number of images by actual (rows) and predicted class"
-        if self.decoded.ndim>1: raise ValueError('a confusion matrix needs one class an image')
+        if self.decoded.ndim>1: raise ValueError('a confusion matrix needs one class per image')
         return confusion_matrix(self.targs, self.decoded, labels=range(len(self.vocab)))
 
     def plot_confusion_matrix(self, **kwargs):
@@ -415,7 +415,7 @@ def interpret(self:ResizerLearner,
 
 # %% ../nbs/03_show.ipynb #be7616a1
 def _show_pairs(interp, idxs, title, what, nrows, figsize):
-    "Input and resized image at each of `idxs`, two pairs a row"
+    "Input and resized image at each of `idxs`, two pairs per row"
     idxs = tensor(idxs).view(-1).tolist()
     if not idxs: raise ValueError('no images to show')
     model,rows = get_model(interp.learn.model),nrows or math.ceil(len(idxs)/2)

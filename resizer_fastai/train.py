@@ -53,7 +53,8 @@ recipes = dict(
 def start_as_xresnet(
     body:nn.Module, # A ResNet of torchvision
 ):
-    "Draw convolutions by what comes in (He et al. 2015), and start residual blocks as the identity (Goyal et al. 2017)"
+    """Kaiming fan-in initialisation (He et al. 2015), and residual blocks that start as the identity
+    (Goyal et al. 2017)"""
     models.xresnet.init_cnn(body)
     for o in body.modules():
         if isinstance(o, (BasicBlock,Bottleneck)): nn.init.zeros_(getattr(o, 'bn3', o.bn2).weight)
@@ -68,28 +69,28 @@ def resizer_train(
     arch:str='resnet50', # Body: a classifier of torchvision, an xresnet of fastai, or timm/NAME
     resizer:str='learned', # learned, muller, bilinear, antialias, bicubic, blurred, none, or your own from --module
     size:str='448', # Input size in pixels: one number, or HEIGHTxWIDTH
-    out:str='224', # Size in pixels that the resizer puts out
+    out:str='224', # Target size in pixels, which the body sees: one number, or HEIGHTxWIDTH
     resize:str='squish', # How images reach the input size: squish, crop or pad
     min_scale:float=None, # Smallest random crop in training, a share of the area; by default 0.35, and 1 for sample
-    flip:bool=True, # Flip half of the training images
-    epochs:int=20, # Epochs
-    recipe:str='plain', # plain: adamw, one_cycle, 3e-3; muon: muon, flat_cos, 8e-3, starts as an xresnet, slow on a CPU
+    flip:bool=True, # Flip training images horizontally at random
+    epochs:int=20, # Epochs; with pretrained, one more with the body frozen comes first
+    recipe:str='plain', # plain: adamw, one_cycle, lr 3e-3; muon (slow on a CPU): muon, flat_cos, lr 8e-3, xresnet init
     opt:str=None, # adamw, muon or sgd; by default the recipe's
     schedule:str=None, # one_cycle, flat_cos, or steps as in the paper; by default the recipe's
     lr:float=None, # Highest learning rate of the schedule; by default the recipe's
-    lr_mult:float=None, # Multiple of the learning rate for the resizer; by default its own if pretrained, else 1
+    lr_mult:float=None, # Resizer's learning rate over the head's; by default its own `lr_mult` if pretrained, else 1
     bs:int=64, # Images in a batch
-    seed:int=42, # Of everything that is random
+    seed:int=42, # Random seed, for weights, batches and augmentation
     pretrained:bool=False, # Start from ImageNet's weights, and fine_tune
     init_from:str=None, # Start from body and head of the finished run in this folder
     precision:str='auto', # auto, fp32, bf16, or on CUDA fp16
     compile:bool=False, # Compile the model
-    cache:str='none', # Where decoded images are kept: none, disk or device
-    num_workers:int=None, # Processes that read images; by default one a core, at most 16
+    cache:str='none', # Where to cache decoded images: none, disk or device
+    num_workers:int=None, # Processes that read images; by default one per core, at most 16
     name:str=None, # Name of the run; by default data-arch-resizer-seed
     runs:str='runs', # Folder of the run folders
     module:str=None, # Module that registers your resizers or bodies, imported first: my_module for my_module.py
-    resume:bool=False, # Go on with a run that is not finished, from its last whole epoch
+    resume:bool=False, # Resume an unfinished run after its last complete epoch
     overwrite:bool=False, # Remove a run of that name first
     debug:bool=False, # Show the traceback of an error
 ) -> ResizerLearner: # Trained; its `path` is the run folder
@@ -113,7 +114,7 @@ def import_user_module(
 _not_of_the_run = ('name','runs','resume','overwrite','debug')
 
 def _choice(name, value, known):
-    if value not in known: raise ValueError(f'{name} is one of {", ".join(known)}: got {value}')
+    if value not in known: raise ValueError(f'{name} must be one of {", ".join(known)}: got {value}')
 
 def _defaults(): return {k: p.default for k,p in inspect.signature(resizer_train).parameters.items()}
 
@@ -129,8 +130,8 @@ def train_options(
     _choice('recipe', o.recipe, recipes)
     for k,v in recipes[o.recipe].items(): o[k] = ifnone(o[k], v)
     for k,known in dict(opt=optimizers, schedule=schedules).items(): _choice(k, o[k], known)
-    if o.epochs<1: raise ValueError(f'epochs is 1 or more: got {o.epochs}')
-    if o.bs<2: raise ValueError(f'bs is 2 or more, since BatchNorm needs more than one image: got {o.bs}')
+    if o.epochs<1: raise ValueError(f'epochs must be 1 or more: got {o.epochs}')
+    if o.bs<2: raise ValueError(f'bs must be 2 or more, since BatchNorm needs more than one image: got {o.bs}')
     o.data,o.size,o.out = data_name(o.data),parse_size(o.size),parse_size(o.out)
     o.init_from = o.init_from and str(o.init_from)
     o.resizer_args = resizer_config(named_resizer(o.resizer, o.out, pretrained=o.pretrained))
@@ -212,7 +213,7 @@ def fit_recipe(
 
 # %% ../nbs/04_train.ipynb #8b9cd561
 class MetricsLog(Callback):
-    "Write a row an epoch to `metrics.csv` in `learn.path`, over several fits; print it where there is no progress bar"
+    "Write one row per epoch to `metrics.csv` in `learn.path`, over several fits; print it without a progress bar"
     order = Recorder.order+5
     def __init__(self): self.rows,self.start = [],None
     def before_train(self): self.start = time.perf_counter()
@@ -255,7 +256,7 @@ class Checkpoint(Callback):
             self.learn.model.load_state_dict(s['model'])
         except Exception as e: raise ValueError(
             f'{self.file} cannot be read, or is of another model ({type(e).__name__}): '
-            'remove it, and the run begins anew') from e
+            'remove it to start the run again') from e
         for cb,values in s['gathered'].items(): vars(getattr(self.learn, cb)).update(values)
         self.state = s
         return len(self.learn.metrics_log.rows)
@@ -290,7 +291,7 @@ class Checkpoint(Callback):
 def device_name(
     device:torch.device,
 ) -> str:
-    "What `device` is, for people"
+    "A name of `device` for people"
     if device.type=='cuda': return torch.cuda.get_device_name(device)
     return f'{torch.cpu.get_capabilities().get("cpu_name") or platform.machine()}, {torch.get_num_threads()} threads'
 
@@ -390,8 +391,12 @@ def save_pictures(
 captions = dict(
     curves=('Losses and validation accuracy by epoch', ''),
     resized=('Images of each class before and after the resizer, beside plain resizes',
-             'The range from black to white stands above the column of the resizer, and is the same in every row.'),
-    film=('What the resizer made of some images, epoch by epoch', 'One range of black and white for all.'),
+             'The range from black to white stands above the column of the resizer, and is the same in every row. '
+             'In the last column red is brighter than the plain resize and blue is darker, on one scale for all rows.'),
+    film=('Some images after the resizer, before training and after each epoch',
+          'One range from black to white for all frames, given above. The colours mean nothing: each of the three '
+          'output channels is learned on its own, and nothing keeps them in balance, so early frames may turn magenta '
+          'or green.'),
     spectrum=('Power spectra of each class before and after the resizer',
               'The small image cannot hold detail beyond the dashed line. Where it has more power than the input, '
               'the resizer amplified it, aliased it or made it up.'),
@@ -421,16 +426,18 @@ def made_with(
             ['images enlarged', f'{d["enlarged"]:.0%}']]
 
 # %% ../nbs/04_train.ipynb #cc30fa95
+def _epochs(n): return f'{n} epoch{"s"*(n!=1)}'
+
 def run_report(
     path:Path, # Run folder
     run:dict, # Its `run.json`, with metrics
     interp:Interpretation, # Of the validation set
 ) -> Path: # `report.html` in it
-    "Write the page that tells what a run was and what came out"
+    "Write the page that tells what a run was and its results"
     a,d,m,metrics = run['args'],run['data'],run['metrics'],pd.read_csv(path/'metrics.csv')
     accuracy,size,out = f'{100*m["accuracy"]:.2f} %',_sizes(a['size']),_sizes(a['out'])
     lead = [f'{a["arch"]} behind the resizer "{a["resizer"]}", {size} to {out} pixels, on {a["data"]}: '
-            f'{accuracy} of {d["valid"]} validation images are right after epoch {len(metrics)}.']
+            f'{accuracy} of {d["valid"]} validation images are classified correctly after {_epochs(len(metrics))}.']
     facts = [('accuracy', accuracy), ('validation loss', f'{m["valid_loss"]:.3f}'), ('epochs', len(metrics)),
              ('training', f'{m["seconds"]:.0f} s')]
     facts += [(f'parameters, {k}', f'{v:,}') for k,v in run['parameters'].items()]
@@ -440,7 +447,7 @@ def run_report(
                 dict(title='What the resizer does', pictures=run_pictures(path, 'resized', 'film')),
                 dict(title='Frequencies', pictures=run_pictures(path, 'spectrum', 'response')),
                 dict(title='Mistakes', pictures=run_pictures(path, 'confusion', 'top_losses'), table=confused),
-                dict(title='How it was made', code=run['command'], table=(['what','value'], made_with(run)))]
+                dict(title='Command and environment', code=run['command'], table=(['what','value'], made_with(run)))]
     sections = [s for s in sections if s.get('pictures') or s.get('table')]
     return write_report(path/'report.html', path.name, lead, facts, sections)
 
@@ -463,12 +470,12 @@ def finish_run(
     _sync(path)
     _write_json(path/'run.json', run)
     shutil.rmtree(path/'checkpoint')
-    print(f'{run["args"]["resizer"]}: accuracy {100*run["metrics"]["accuracy"]:.2f} % after {len(rows)} epochs and '
+    print(f'{run["args"]["resizer"]}: accuracy {100*run["metrics"]["accuracy"]:.2f} % after {_epochs(len(rows))} and '
           f'{run["metrics"]["seconds"]:.0f} s; see {report}', flush=True)
 
 # %% ../nbs/04_train.ipynb #45214c88
 def _started(path, o, overwrite):
-    "The `run.json` of the run that is to go on, or None"
+    "The `run.json` of the run to resume, or None"
     if overwrite or not path.exists() or not any(path.iterdir()): return None
     run = read_run(path)
     if other := other_options(run, o): raise ValueError(
@@ -478,16 +485,18 @@ def _started(path, o, overwrite):
 def train_run(
     path:Path, # Run folder
     o:dict, # Options, from `train_options`
-    resume:bool=False, # Go on with a run that is not finished
+    resume:bool=False, # Resume an unfinished run
     overwrite:bool=False, # Remove a run of that name first
 ) -> ResizerLearner: # Trained
-    "Train what `o` says, or go on with it; a finished run is loaded"
+    "Train what `o` says, or resume it; a finished run is loaded"
     run,root = _started(path, o, overwrite),get_path(o.data)
     if run and run['metrics']:
-        print(f'{path}: finished before')
+        print(f'{path}: already finished, loading it')
         return load_run(path)
-    if run and not resume: raise ValueError(f'{path} is not finished: go on with --resume, or --overwrite it')
-    if path.resolve().is_relative_to(root.resolve()): raise ValueError(f'{path} is in the data: give other --runs')
+    if run and not resume: raise ValueError(
+        f'{path} is not finished: continue with --resume, or start again with --overwrite')
+    if path.resolve().is_relative_to(root.resolve()): raise ValueError(
+        f'{path} is inside the data folder: choose another folder with --runs')
     learn = run_learner(o, path, cbs=[MetricsLog(), Checkpoint(), Film()])
     if overwrite and path.exists():
         read_run(path)   # or raise: it is no run
@@ -498,7 +507,7 @@ def train_run(
     _say(learn, run)
     if done := learn.checkpoint.load():
         learn.metrics_log.write()
-        print(f'going on after {done} epochs', flush=True)
+        print(f'resuming after {_epochs(done)}', flush=True)
     fit_recipe(learn, o, done)
     finish_run(learn, run)
     return learn

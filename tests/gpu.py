@@ -1,6 +1,6 @@
 """What a GPU has to prove, without installation and network: `make gpu`, or `PYTHONPATH=. python3 tests/gpu.py`.
 
-Prints a line a case, `ok` or `FAILED` with its seconds, and exits with status 1 if any failed. `--limit 20` is a small
+Prints one line per case, `ok` or `FAILED` with its seconds, and exits with status 1 if any failed. `--limit 20` is a small
 version, which also runs on a CPU: there the comparisons with the CPU and the precisions say little."""
 import argparse, json, os, platform, sys, tempfile, time, traceback
 from contextlib import contextmanager

@@ -26,7 +26,7 @@ def test_saved_activations_order():
     assert checkpoint < learned < reference
 
 def test_resizer_bench_model(capsys):
-    "A line on the machine, then a row a model"
+    "A line on the machine, then one row per model"
     resizer_bench.main(tiny)
     machine, *table = capsys.readouterr().out.splitlines()
     assert 'threads' in machine and torch.__version__ in machine
@@ -41,8 +41,8 @@ def test_resizer_bench_data(capsys, tmp_path, monkeypatch):
     assert [o.split()[0] for o in table] == ['fastai', 'none', 'disk', 'device']
     assert list(tmp_path.iterdir()) == []
 
-@pytest.mark.parametrize('args, says', [('--what parts', 'what is model or data: got parts'),
-                                        ('--arch resnet5', "no body 'resnet5'"), ('--size big', 'a size is PIXELS')])
+@pytest.mark.parametrize('args, says', [('--what parts', 'what must be model or data: got parts'),
+                                        ('--arch resnet5', "no body 'resnet5'"), ('--size big', 'a size must be PIXELS')])
 def test_resizer_bench_usage_error_is_one_sentence(args, says, capsys):
     with pytest.raises(SystemExit) as e: resizer_bench.main(args.split())
     assert e.value.code == 2

@@ -13,8 +13,8 @@ def test_every_command_has_a_main_and_a_help(command):
         assert status == 0 and '--debug' in out
 
 @pytest.mark.parametrize('args,says', [
-    (['resizer_train', '--data', 'sample', '--epochs', 0], 'epochs is 1 or more: got 0'), (['resizer_train', '--opt', 'lamb'], 'opt is one of adamw'),
-    (['resizer_train', '--data', 'sample', '--size', '4x'], 'a size is PIXELS or HEIGHTxWIDTH: got 4x'), (['resizer_train', '--bs', 'many'], 'invalid int value'),
+    (['resizer_train', '--data', 'sample', '--epochs', 0], 'epochs must be 1 or more: got 0'), (['resizer_train', '--opt', 'lamb'], 'opt must be one of adamw'),
+    (['resizer_train', '--data', 'sample', '--size', '4x'], 'a size must be PIXELS or HEIGHTxWIDTH: got 4x'), (['resizer_train', '--bs', 'many'], 'invalid int value'),
     (['resizer_train', '--data', 'sample', '--resizer', 'lanczos', '--limit', 10], 'register yours first'), (['resizer_train', '--colour'], 'unrecognized arguments'),
     (['resizer_compare', '--data', 'sample', '--resizers', 'bilinear,lanczos'], "no resizer 'lanczos'"), (['resizer_compare', '--seeds', 'a'], 'invalid literal'),
     (['resizer_train', '--data', 'sample', '--arch', 'os.system', '--limit', 10], "no body 'os.system'")], ids=lambda o: ' '.join(map(str, o)) if isinstance(o, list) else '')

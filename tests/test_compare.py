@@ -1,8 +1,7 @@
 "A comparison pairs runs by seed, and refuses what would be none."
 import json, shlex
 import numpy as np, pandas as pd, pytest
-from resizer_fastai.compare import (by_seed, collect_runs, resizer_compare, results_table, sentences, share_of_detail,
-                                    write_comparison)
+from resizer_fastai.compare import (by_seed, collect_runs, conclusions, resizer_compare, results_table, share_of_detail, write_comparison)
 from resizer_fastai.data import command_parser
 from resizer_fastai.train import resizer_train, run_name, train_options
 
@@ -61,14 +60,14 @@ def test_collect_runs_passes_over_what_changes_no_result(write, tmp_path):
     with pytest.raises(ValueError, match='no finished run of antialias'): write_comparison(tmp_path, 'antialias')
 
 def test_verdicts_need_three_seeds():
-    assert all('too few for a verdict' in o for o in sentences(runs(dict(bilinear=60, learned=70), seeds=(0, 1))))
-    assert 'more than seeds explain' in sentences(runs(dict(bilinear=60, learned=70)))[0]
-    assert 'Seeds alone could explain it' in sentences(runs(dict(bilinear=60, learned=60.1), noise=2))[0]
+    assert all('too few for a verdict' in o for o in conclusions(runs(dict(bilinear=60, learned=70), seeds=(0, 1))))
+    assert 'Seed-to-seed variation does not explain this.' in conclusions(runs(dict(bilinear=60, learned=70)))[0]
+    assert 'Seed-to-seed variation alone could explain it.' in conclusions(runs(dict(bilinear=60, learned=60.1), noise=2))[0]
 
 def test_a_sentence_for_everybody_on_what_there_is_to_win():
     table = runs(dict(bilinear=60, learned=70, none=80), seeds=(0,), noise=0)
-    assert 'In these runs, the classifier gained 20.00 points from seeing the large images (none); of these, learned won 10.00.' in sentences(table)
-    assert any('gained nothing' in o for o in sentences(runs(dict(bilinear=60, learned=70, none=59), noise=0)))
+    assert 'In these runs, the classifier gained 20.00 percentage points from seeing the large images (none); of these, learned won 10.00.' in conclusions(table)
+    assert any('gained nothing' in o for o in conclusions(runs(dict(bilinear=60, learned=70, none=59), noise=0)))
 
 def test_share_of_detail_holds_the_true_share_in_19_of_20_experiments():
     "Fieller's interval: 300 made-up comparisons in which a resizer recovers a quarter of the detail"

@@ -113,7 +113,7 @@ def test_image_files_notes_skipped_files(tmp_path, capsys):
     for o in ('train/cat/2.raw', 'val/fox/3.RAW', 'val/fox/4', 'labels.csv'): (root/o).touch()
     image_files(root)
     said = capsys.readouterr().out
-    for o in ('3 files', '2 .raw, 1 without an ending', 'folders without an image: train/owl, val/fox\n'): assert o in said
+    for o in ('3 files', '2 .raw, 1 without an extension', 'folders without an image: train/owl, val/fox\n'): assert o in said
 
 def test_valid_pct_does_not_mix_test_images_into_training(tmp_path):
     root = make_images(tmp_path, [f'{s}/{c}/{i}.png' for s in ('train', 'val', 'test') for c in ('cat', 'dog') for i in range(3)])

@@ -13,7 +13,7 @@ from resizer_fastai.compare import by_seed, interval, resizer_compare, share_of_
 columns = 'experiment,resizer,seed,accuracy,epochs,seconds,device,precision,versions,date,command,commit'.split(',')
 speed_columns = 'experiment,what,model,value,unit,device,precision,versions,date,command,commit'.split(',')
 SHARE = 'share of the headroom (95 % range)'
-DIFFERENCE = 'difference, points (95 % interval)'
+DIFFERENCE = 'difference, percentage points (95 % interval)'
 MEMORY = 'activations saved for backward, batch 8'
 read = lambda name: (folder/name).read_text() if (folder/name).exists() else ''
 readme, rules, script = map(read, ('README.md', 'preregistration.md', 'experiments.sh'))
@@ -101,7 +101,7 @@ def test_figures_in_prose_are_those_of_the_runs(text):
     prose = '\n'.join(o for o in text.splitlines() if not o.startswith('|'))
     said,ranged = figures()
     number,either = r'([+-]\d+\.\d\d)',r'([+-]?\d+\.\d\d)'
-    between = r'(?: points)?(?: (?:over|above) \S+| above)? \((?:95 % interval )?'   # `+0.70 points over bilinear (`
+    between = r'(?: (?:percentage )?points)?(?: (?:over|above) \S+| above)? \((?:95 % interval )?'   # `+0.70 points over bilinear (`
     with_interval = rf'{either}{between}{number} to {number}'
     found = re.findall(with_interval, prose)
     assert len(found)>2 and not {(o if o[0] in '+-' else '+'+o, *e) for o, *e in found}-ranged

@@ -134,7 +134,7 @@ def test_figures_of_other_targets_and_of_grey_images(folder, target, get_y):
     assert ax.get_ylabel() == (f'{y:g}' if target is RegressionBlock else ';'.join(y)) in l.film.labels
     if target is CategoryBlock: assert drawn(ax).shape == (32, 32)
     else:
-        with pytest.raises(ValueError, match='one class an image'): interpret(l).plot_confusion_matrix()
+        with pytest.raises(ValueError, match='one class per image'): interpret(l).plot_confusion_matrix()
 
 def test_figures_of_classes_with_any_name(tmp_path):
     names = ['$cash$', 'a_$^{$', 'two\nlines', b'bad\xff'.decode(errors='surrogateescape'), 'x'*100]

@@ -42,7 +42,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     broken.wait()
     assert len(metrics(tmp_path/'runs/broken')) < 4 and read_run(tmp_path/'runs/broken')['metrics'] is None
     out, err = process(*args, '--name', 'broken', '--resume', cwd=tmp_path).communicate(timeout=300)
-    assert 'going on after' in out, err
+    assert 'resuming after' in out, err
     assert whole.wait(300) == 0
     a, b = tmp_path/'runs/whole', tmp_path/'runs/broken'
     assert weights(a) == weights(b) and metrics(a) == metrics(b)
@@ -121,7 +121,7 @@ def test_checkpoint_that_is_none_is_refused_and_not_executed(quick, monkeypatch,
     monkeypatch.chdir(tmp_path)
     interrupted(quick, monkeypatch, 'finish_run', name='run')
     (tmp_path/'run'/'checkpoint'/'last.pth').write_bytes(content)
-    with pytest.raises(ValueError, match='last.pth cannot be read.* remove it, and the run begins anew'): quick(name='run', resume=True)
+    with pytest.raises(ValueError, match='last.pth cannot be read.* remove it to start the run again'): quick(name='run', resume=True)
     assert not (tmp_path/'executed').exists()
 
 def test_payload_in_a_zip_checkpoint_is_refused(quick, monkeypatch, tmp_path):
@@ -145,7 +145,7 @@ def test_run_of_the_same_name(quick, tmp_path):
 
 def test_unfinished_run_wants_resume(quick, monkeypatch, tmp_path):
     interrupted(quick, monkeypatch, 'finish_run', name='run')
-    with pytest.raises(ValueError, match='is not finished: go on with --resume, or --overwrite it'): quick(name='run')
+    with pytest.raises(ValueError, match='is not finished: continue with --resume, or start again with --overwrite'): quick(name='run')
 
 @pytest.mark.parametrize('flip', [True, False])
 def test_command_in_run_json_makes_the_same_run(quick, flip):
@@ -244,7 +244,7 @@ def test_data_folder_is_only_read_and_bad_files_are_named(quick, tmp_path, capsy
     run = quick(data=data, limit=None, runs=tmp_path/'runs').path
     assert {p: p.stat().st_mtime_ns for p in data.rglob('*')} == before
     assert 'c0/bad.png' in capsys.readouterr().out and 'bad.png' in (run/'left_out.csv').read_text()
-    with pytest.raises(ValueError, match='is in the data'): quick(data=data, limit=None, runs=data)
+    with pytest.raises(ValueError, match='is inside the data folder'): quick(data=data, limit=None, runs=data)
 
 def test_loss_that_is_not_finite_stops_the_run(quick, tmp_path):
     with pytest.raises(FloatingPointError, match='the loss is .* in batch'): quick(lr=1e30, name='hot', epochs=2, opt='sgd')
