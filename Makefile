@@ -7,7 +7,7 @@ export MPLBACKEND ?= agg
 export PYTHONWARNINGS ?= ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-newest drills gpu size notebooks export clean
+.PHONY: help install train test test-all test-newest test-demo drills gpu size notebooks export clean
 
 help:       ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,19 +31,27 @@ test-all: $(INSTALLED)  ## what test does, the tutorials, and the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 $(ARGS)
 
-test-newest: ## install the library without nbdev and with the newest fastai in an empty environment, and test it there
+test-newest: ## build the packages, install them in an empty environment with the newest fastai and no nbdev, and test them there
 	rm -rf build
 	$(PYTHON) -m venv build/newest
-	build/newest/bin/python -m pip wheel --no-deps -w build .
-	build/newest/bin/python -m pip install build/*.whl pytest pytest-xdist hypothesis
+	build/newest/bin/python -m pip install build twine
+	build/newest/bin/python -m build -o build/dist .
+	build/newest/bin/python -m twine check --strict build/dist/*
+	build/newest/bin/python -m pip install "$$(ls build/dist/*.tar.gz)[ship]"
+	build/newest/bin/python -m pip install --no-deps --force-reinstall build/dist/*.whl
+	build/newest/bin/python -m pip install pytest pytest-xdist hypothesis
 	cp -r tests README.md build
-	cd build && OMP_NUM_THREADS=1 newest/bin/python -m pytest tests/test_readme.py $(ARGS)
+	cd build && OMP_NUM_THREADS=1 newest/bin/python -m pytest tests/test_package.py tests/test_readme.py $(ARGS)
 	cd build && OMP_NUM_THREADS=1 newest/bin/python -m pytest tests -n 2 -m 'not slow' $(ARGS)
+
+test-demo: $(INSTALLED)  ## drive the demo in Chromium; Gradio wants an older Pillow, so it is installed beside .venv
+	$(BIN)/python -m pip install --upgrade --target build/demo gradio selenium
+	PYTHONPATH=build/demo OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_demo.py $(ARGS)
 
 drills: $(INSTALLED)  ## kill runs at random moments, train for minutes and watch the memory, fill the disk; by hand
 	$(BIN)/python -m pytest tests/drills.py -s $(ARGS)
 
-gpu:        ## what a GPU does otherwise than a CPU; PYTHON=... is the interpreter, nothing is installed
+gpu:        ## test what differs on a GPU; PYTHON=... is the interpreter, nothing is installed
 	PYTHONPATH=. $(PYTHON) tests/gpu.py $(ARGS)
 
 size: $(INSTALLED)  ## lines, tokens, names and cells of the library

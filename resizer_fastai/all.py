@@ -5,5 +5,6 @@ from .learner import *
 from .show import *
 from .train import *
 from .compare import *
+from .ship import *
 from .bench import *
 from .check import *

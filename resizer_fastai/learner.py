@@ -221,6 +221,13 @@ def from_pretrained(cls:ResizerClassifier,
 
 # %% ../nbs/02_learner.ipynb #615294ba
 @patch
+def normalize(self:ResizerClassifier,
+    x:Tensor, # Images from 0 to 1, shape (N, n_in, H, W)
+) -> Tensor: # As the model takes them
+    "Subtract the mean and divide by the standard deviation of the training images"
+    return (x-self.mean)/self.std
+
+@patch
 def read_batch(self:ResizerClassifier,
     images:list, # File names, bytes, open files, PIL images or uint8 arrays of shape (H, W, 3)
 ) -> Tensor: # Normalised images, shape (N, 3, H, W), on the device of the model
@@ -229,8 +236,7 @@ def read_batch(self:ResizerClassifier,
         'this model does not know how its images are read: pass a normalised batch (N, C, H, W), use learn.predict or '
         f'learn.export, or decide yourself with model.read = ReadImage({self.input_size[0]}) and, where your loaders '
         'normalise, model.set_stats(mean, std)')
-    x = torch.stack([Tensor(self.read(o)) for o in images]).to(self.mean.device)
-    return (x/255-self.mean)/self.std
+    return self.normalize(torch.stack([Tensor(self.read(o)) for o in images]).to(self.mean.device)/255)
 
 # %% ../nbs/02_learner.ipynb #63f5f103
 def _is_batch(o): return isinstance(o, Tensor) and o.ndim==4 and o.is_floating_point()

@@ -41,7 +41,7 @@ def test_resizer_bench_data(capsys, tmp_path, monkeypatch):
     assert [o.split()[0] for o in table] == ['fastai', 'none', 'disk', 'device']
     assert list(tmp_path.iterdir()) == []
 
-@pytest.mark.parametrize('args, says', [('--what parts', 'what must be model or data: got parts'),
+@pytest.mark.parametrize('args, says', [('--what parts', 'what must be model, infer or data: got parts'),
                                         ('--arch resnet5', "no body 'resnet5'"), ('--size big', 'a size must be PIXELS')])
 def test_resizer_bench_usage_error_is_one_sentence(args, says, capsys):
     with pytest.raises(SystemExit) as e: resizer_bench.main(args.split())

@@ -4,7 +4,7 @@ from importlib.metadata import entry_points
 import pytest
 from resizer_fastai import data
 
-commands = ['resizer_train', 'resizer_compare', 'resizer_check', 'resizer_bench']
+commands = ['resizer_train', 'resizer_compare', 'resizer_check', 'resizer_predict', 'resizer_export', 'resizer_demo', 'resizer_bench']
 
 def test_every_command_has_a_main_and_a_help(command):
     assert {o.name for o in entry_points(group='console_scripts') if o.value.startswith('resizer_fastai')} == set(commands)
@@ -37,7 +37,7 @@ def random_line(rng):
     values = ['0', '-1', '1', '3.5', 'nan', '1e400', '', ' ', 'x', '64x', '0x0', 'sample', 'nowhere', '../..', 'none', '--', '$(id)', 'ä\udcff', '9'*30]
     names = ['data', 'limit', 'valid_pct', 'valid-pct', 'noisy', 'arch', 'resizer', 'size', 'out', 'resize', 'min_scale', 'no-flip', 'epochs', 'recipe', 'opt',
              'lr', 'bs', 'seed', 'pretrained', 'init_from', 'precision', 'cache', 'num_workers', 'name', 'module', 'resume', 'resizers', 'seeds', 'base', 'csv']
-    args = [rng.choice(commands[:3])]
+    args = [rng.choice(commands[:5])]
     for _ in range(rng.randrange(5)): args += [f'--{rng.choice(names)}'] + rng.choices(values, k=rng.randrange(2))
     return args
 

@@ -7,7 +7,7 @@ from conftest import repo
 if not (repo/'nbs').exists(): pytest.skip('only the installed library is here', allow_module_level=True)
 
 notebooks = sorted((repo/'nbs').rglob('*.ipynb'))
-modules = ['data', 'resizer', 'learner', 'show', 'train', 'compare', 'bench', 'check']
+modules = ['data', 'resizer', 'learner', 'show', 'train', 'compare', 'ship', 'bench', 'check']
 
 def python(code, **kwargs): return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, **kwargs)
 
