@@ -378,7 +378,11 @@ def split_files(
 # %% ../nbs/00_data.ipynb #62b94aa7
 class ReadableSplitter:
     "`split_files` without unreadable files; afterwards `left_out` has their rows of `check_images`"
-    def __init__(self, valid_pct=None, limit=None): store_attr()
+    def __init__(self,
+        valid_pct:float=None, # As for `split_files`
+        limit:int=None, # Images of each split, balanced over the classes; by default all
+    ):
+        store_attr()
 
     def __call__(self, files):
         stray = len(files)-sum(map(len, split_files(files, self.valid_pct)))
@@ -429,7 +433,10 @@ def class_name(
 class ClassName(DisplayedTransform):
     "`class_name` as a transform"
     input_types = (Path, str)
-    def __init__(self, noisy=None): self.noisy = noisy
+    def __init__(self,
+        noisy:int=None # As for `class_name`
+    ):
+        self.noisy = noisy
     def encodes(self, file:Path|str): return class_name(Path(file), self.noisy)
 
 # %% ../nbs/00_data.ipynb #c44bdea1
@@ -606,7 +613,7 @@ def get_dls(
 # %% ../nbs/00_data.ipynb #b7a6a78a
 def command_parser(
     f:Callable, # A function with docments, whose parameters are strings, numbers and booleans
-) -> ArgumentParser: # `--name VALUE`, and for booleans `--name` or `--no-name`; without a default, VALUE alone
+) -> ArgumentParser: # `--name VALUE`; `--name` or `--no-name` for booleans; without a default VALUE, for a list several
     "An `ArgumentParser` for a function with docments"
     layout = partial(HelpFormatter, max_help_position=25)
     parser = ArgumentParser(f.__name__, description=f.__doc__, formatter_class=layout)

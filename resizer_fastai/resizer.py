@@ -237,7 +237,7 @@ def _check_same(resizer, config):
 
 # %% ../nbs/01_resizer.ipynb #0fe80df8
 def save_resizer(
-    resizer:nn.Module,
+    resizer:nn.Module, # Made by an entry of `resizers`
     file:str|Path, # `.safetensors` is added where it is missing
     mean:list=None, # Mean of each channel that images are normalised with
     std:list=None, # Standard deviation of each channel

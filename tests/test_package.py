@@ -1,5 +1,5 @@
 "The packages hold what they need, and what is installed works."
-import json, re, subprocess, sys, tarfile, zipfile
+import json, re, shutil, subprocess, sys, tarfile, zipfile
 from importlib.util import find_spec
 from pathlib import Path
 import pytest
@@ -12,9 +12,10 @@ pytestmark = pytest.mark.slow
 def packages(tmp_path_factory):
     "A wheel that is built from the source distribution, and that"
     if not (repo/'setup.py').exists(): pytest.skip('only the installed library is here')
-    out = tmp_path_factory.mktemp('dist')
     pytest.importorskip('build')
-    res = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '-o', out, repo], capture_output=True, text=True)
+    tree, out = (tmp_path_factory.mktemp(o) for o in ('tree', 'dist'))
+    shutil.copytree(repo, tree, dirs_exist_ok=True, ignore=shutil.ignore_patterns('.*', 'build', 'runs', '*.egg-info', '__pycache__'))
+    res = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '-o', out, tree], capture_output=True, text=True)
     assert res.returncode == 0, res.stdout[-2000:]+res.stderr
     return next(out.glob('*.whl')), next(out.glob('*.tar.gz'))
 

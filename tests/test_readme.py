@@ -76,7 +76,7 @@ def claims():
         to_win=f'there was {difference("woof-192-96", "none").split()[0].lstrip("+")} percentage points to win',
         time=f'a training step takes {cpu["training step", "plain module"]} times as long, and inference {cpu["inference", "plain module"]} '
              f'times. Without a resizer, at 448 pixels, a step takes {cpu["training step", "none"]} times as long',
-        pretrained=f'{difference("pretrained", "learned, rate x 0.01")} over three seeds'.replace(' (', ' percentage points (', 1),
+        pretrained=f'In three seeds, nothing was gained, either: {difference("pretrained", "learned, rate x 0.01")}.'.replace(' (', ' percentage points (', 1),
         recipe=f'it reached {mean("woof-448-224-muon", "bilinear")} %, and the default recipe {mean("woof-448-224", "bilinear")} %')
 
 def prose(): return re.sub(r'\s+', ' ', re.sub(r'```.*?```', '', readme, flags=re.DOTALL))
