@@ -86,7 +86,7 @@ def save_view(
     file.parent.mkdir(parents=True, exist_ok=True)
     im.save(file, pnginfo=info)
 
-# %% ../nbs/06_ship.ipynb #4cda14bb
+# %% ../nbs/06_ship.ipynb #3098a01a
 def predict_files(
     model:ResizerClassifier, # That knows how its images are read
     files:list, # Image files
@@ -103,18 +103,19 @@ def predict_files(
     images,slow = read_ahead(files, model.read, num_workers, 2*bs),len(files)>100
     if slow and (IN_NOTEBOOK or sys.stdout.isatty()): images = progress_bar(images, total=len(files), leave=False)
     for batch in chunked(images, bs):
-        found = {f: o for f,o in batch if not isinstance(o, str)}
-        answers = iter(_predict_read(model, found, topk, save_resized and Path(save_resized), root))
+        good = [(f,o) for f,o in batch if not isinstance(o, str)]
+        answers = iter(_predict_read(model, good, topk, save_resized and Path(save_resized), root))
         rows += [dict(file=str(f)) | (dict(error=o) if isinstance(o, str) else next(answers)) for f,o in batch]
     df = pd.DataFrame(rows)
     return df.assign(error=df.pop('error') if 'error' in df else None)
 
-def _predict_read(model, images, topk, folder, root):
-    "Answers for images that have been read, by file"
-    if not images: return []
-    x = model.normalize(torch.stack(list(images.values())).to(model.mean.device)/255)
+def _predict_read(model, good, topk, folder, root):
+    "Answers for pairs of a file and its image"
+    if not good: return []
+    files,images = zip(*good)
+    x = model.normalize(torch.stack(images).to(model.mean.device)/255)
     if folder:
-        for f,y in zip(images, resized_views(model, x, ())['resized']): save_view(y, _png_path(folder, f, root))
+        for f,y in zip(files, resized_views(model, x, ())['resized']): save_view(y, _png_path(folder, f, root))
     return [_answer(model, o, topk) for o in model.predict(x)[2]]
 
 # %% ../nbs/06_ship.ipynb #a24f6d33
