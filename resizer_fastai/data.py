@@ -636,7 +636,9 @@ def cli_command(
     "Give `f` a `main` that reads the command line and answers errors with one sentence, or with a traceback if `debug`"
     def main(argv:list=None):
         def underscores(m): return f'--{m[1] or ""}{m[2].replace("-", "_")}'   # --valid-pct is --valid_pct
-        argv = [re.sub('^--(no-)?([^=]+)', underscores, o) for o in ifnone(argv, sys.argv[1:])]
+        argv = list(ifnone(argv, sys.argv[1:]))
+        n = argv.index('--') if '--' in argv else len(argv)   # what follows is no option
+        argv[:n] = [re.sub('^--(no-)?([^=]+)', underscores, o) for o in argv[:n]]
         args = vars(command_parser(f).parse_intermixed_args(argv))
         try: f(**args)
         except KeyboardInterrupt: sys.exit(f'{f.__name__}: interrupted')

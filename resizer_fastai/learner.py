@@ -140,6 +140,7 @@ class ResizerClassifier(nn.Module):
         **kwargs
     ):
         super().__init__()
+        if read and n_in!=3: raise ValueError(f'ReadImage reads images of three channels, and the model has {n_in}')
         store_attr('arch,n_out,n_in,read,vocab,activation')
         self.head_args = kwargs
         self.input_size = read.size if read else list(input_size) if is_listy(input_size) else [input_size]*2

@@ -149,7 +149,7 @@ class MullerResizer(nn.Module):
 
     def __init__(self,
         size:int|tuple=224, # Target size in pixels: a number, or (height, width)
-        num_layers:int=2, # Scales of detail, each with a weight and a bias
+        num_layers:int=2, # Scales of detail, each with a weight and a bias; `weights` have two
         kernel_size:int=5, # Taps of the Gaussian blur, an odd number
         sigma:float=1., # Its standard deviation in pixels
         interpolate_mode:str='bilinear', # Of every resize, as for `F.interpolate`
@@ -158,14 +158,16 @@ class MullerResizer(nn.Module):
     ):
         super().__init__()
         store_attr()
-        start = muller_weights[weights] if weights else dict(weight=[0.]*num_layers, bias=[0.]*num_layers)
+        start = muller_weights.get(weights, dict(weight=[0.]*num_layers, bias=[0.]*num_layers))
+        if weights not in (None,*muller_weights) or len(start['bias'])!=num_layers: raise ValueError(
+            f'weights must be one of {", ".join(muller_weights)}, for two layers: got {weights} for {num_layers}')
         self.weight,self.bias = [nn.Parameter(torch.tensor(start[k])) for k in ('weight','bias')]
 
     def blur(self, x):
         "Gaussian blur, where the image reflects at the border, or with the authors' weights ends in zeros"
         if not self.weights: return gaussian_blur(x, self.kernel_size, self.sigma)
-        r = self.kernel_size//2
-        return gaussian_blur(F.pad(x, [r]*4), self.kernel_size, self.sigma)[...,r:-r,r:-r]
+        r,(h,w) = self.kernel_size//2,x.shape[-2:]
+        return gaussian_blur(F.pad(x, [r]*4), self.kernel_size, self.sigma)[...,r:r+h,r:r+w]
 
     def forward(self,
         x:Tensor, # Normalised images, shape (B, C, H, W)

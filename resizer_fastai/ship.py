@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['predict_files', 'resizer_predict', 'resizer_export', 'push_to_hub', 'resizer_demo']
 
-# %% ../nbs/06_ship.ipynb #1637dc0e
+# %% ../nbs/06_ship.ipynb #bc4280d1
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from fastai.vision.all import *
 from huggingface_hub import HfApi
 from importlib import resources
@@ -86,10 +86,10 @@ def save_view(
     file.parent.mkdir(parents=True, exist_ok=True)
     im.save(file, pnginfo=info)
 
-# %% ../nbs/06_ship.ipynb #3098a01a
+# %% ../nbs/06_ship.ipynb #c66d8dd4
 def predict_files(
     model:ResizerClassifier, # That knows how its images are read
-    files:list, # Image files
+    files:list, # Image files, one or several
     topk:int=1, # Likeliest classes or labels to name
     bs:int=32, # Images at once
     num_workers:int=None, # Threads that decode images; by default one per core
@@ -97,8 +97,9 @@ def predict_files(
 ) -> pd.DataFrame: # One row per file: `file`, the answer, and `error`, None for images that could be read
     "Predict image files, decoding some while the model computes on others; ValueError if the model cannot read files"
     if model.read is None: model.read_batch([])   # which says what to do
-    files,num_workers,rows = list(files),ifnone(num_workers, num_cpus()),[]
+    files,num_workers,rows = [files] if isinstance(files, (str,Path)) else list(files),num_workers or num_cpus(),[]
     if not files: raise ValueError('there are no images to predict')
+    if min(topk, bs)<1: raise ValueError(f'topk and bs must be 1 or more: got {topk} and {bs}')
     root = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
     images,slow = read_ahead(files, model.read, num_workers, 2*bs),len(files)>100
     if slow and (IN_NOTEBOOK or sys.stdout.isatty()): images = progress_bar(images, total=len(files), leave=False)
@@ -118,19 +119,24 @@ def _predict_read(model, good, topk, folder, root):
         for f,y in zip(files, resized_views(model, x, ())['resized']): save_view(y, _png_path(folder, f, root))
     return [_answer(model, o, topk) for o in model.predict(x)[2]]
 
-# %% ../nbs/06_ship.ipynb #a24f6d33
+# %% ../nbs/06_ship.ipynb #935b9175
 def input_files(
     paths:list, # Files, folders, patterns such as 'photos/*.jpg', and '-' for a list on standard input
 ) -> list: # Names of files
     "Which image files the command line names"
     files = []
     for o in paths:
-        if o=='-': files += [line for line in sys.stdin.read().splitlines() if line.strip()]
-        elif os.path.isdir(o): files += image_files(o)
-        else: files += sorted(glob.glob(o, recursive=True)) or [o]
+        if o=='-': files += [line for line in sys.stdin.read().split('\n') if line.strip()]
+        elif os.path.isdir(o): files += _files_in(o)
+        else: files += [o] if os.path.lexists(o) else sorted(glob.glob(o, recursive=True)) or [o]
     return files
 
-# %% ../nbs/06_ship.ipynb #f8964ab0
+def _files_in(folder):
+    "The images in a folder, with notes where they do not mix with answers; the folder if it has none, to be an error"
+    with redirect_stdout(sys.stderr), suppress(FileNotFoundError): return image_files(folder)
+    return [folder]
+
+# %% ../nbs/06_ship.ipynb #bd068987
 @cli_command
 def resizer_predict(
     model:str, # Folder of a model or of a run, or the name of a repository on the Hugging Face Hub
@@ -145,14 +151,33 @@ def resizer_predict(
     debug:bool=False, # Show the traceback of an error
 ) -> pd.DataFrame: # From `predict_files`
     "Predict images; those that cannot be read do not stop the others, and are an OSError (exit status 1) at the end"
+    _check_targets([csv,json])
+    inside = [o for o in images if os.path.isdir(o) and save_resized and _is_inside(save_resized, o)]
+    if inside: raise ValueError(f'{save_resized} is inside {inside[0]}, which you predict: choose another folder')
     df = predict_files(load_model(model, device), input_files(images), topk, bs, num_workers, save_resized)
     failed = df[df.error.notna()]
     if csv: write_table(df, csv)
-    if json: df.to_json(json, orient='records', indent=1)
+    if json: _write_rows(df, json)
     if not (csv or json): _print_answers(df.drop(failed.index))
     for o in failed.itertuples(): print(_printable(f'{o.file}: {o.error}'), file=sys.stderr)
     if len(failed): raise OSError(f'{len(failed)} of {len(df)} images could not be read')
     return df
+
+def _is_inside(path, folder): return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+def _check_targets(files, ending=''):
+    "Raise unless each file to write, or None, can be written and is not another one, too"
+    files = [Path(o) for o in files if o]
+    if len({*files})<len(files): raise ValueError(f'{files[0]} would be written twice: give each output its own name')
+    for o in files:
+        if not o.name.endswith(ending): raise ValueError(f'{o} must end in {ending}')
+        o.parent.mkdir(parents=True, exist_ok=True)
+        if o.is_dir() or not os.access(o if o.exists() else o.parent, os.W_OK): raise OSError(f'{o} cannot be written')
+
+def _write_rows(df, file):
+    "One JSON object per row; bytes of file names that are no text are escaped"
+    rows = df.astype(object).where(df.notna(), None).to_dict('records')
+    Path(file).write_text(json.dumps(rows, indent=1))
 
 def _print_answers(df):
     "A line per image: its file, and the answer"
@@ -179,15 +204,15 @@ class Shipped(nn.Module):
 
 def shipped_model(model): return Shipped(model, model, activations[model.activation])
 
-# %% ../nbs/06_ship.ipynb #3c3a9e71
+# %% ../nbs/06_ship.ipynb #fa2dbc00
 def model_facts(
     model:ResizerClassifier,
 ) -> dict: # Plain values, for JSON
     "How to prepare an image for an exported model, and what its outputs mean"
     read,(h,w) = model.read,model.input_size
-    prepare = dict(resize=read.resize, background=list(read.background)) if read else {}
+    prepare = dict(channels='RGB', resize=read.resize, background=list(read.background)) if read else {}
     meaning = dict(softmax='probability of each class', sigmoid='probability of each label', none='values')
-    return dict(input=f'RGB images from 0 to 1, float32 of shape (N, {model.n_in}, {h}, {w})', size=[h,w], **prepare,
+    return dict(input=f'images from 0 to 1, float32 of shape (N, {model.n_in}, {h}, {w})', size=[h,w], **prepare,
                 output=meaning[model.activation], classes=model.vocab)
 
 # %% ../nbs/06_ship.ipynb #67da97a6
@@ -210,7 +235,7 @@ def _axes(program):
     name = program.graph_signature.user_inputs[0]
     return first(o.meta['val'].shape for o in program.graph.nodes if o.name==name)
 
-# %% ../nbs/06_ship.ipynb #d50eeb29
+# %% ../nbs/06_ship.ipynb #59cdf23c
 def check_same(
     run:Callable, # The exported program: NumPy images (N, n_in, H, W) to NumPy outputs
     module:Shipped,
@@ -220,7 +245,7 @@ def check_same(
     with evaluating(module), torch.no_grad(): expected = module(images).numpy()
     x = images.numpy()
     outputs = [np.concatenate([run(x[i:i+1]) for i in range(len(x))]), run(x)]
-    diff = max(np.abs(o-expected).max() for o in outputs)
+    diff = np.max([np.abs(o-expected).max() for o in outputs])   # also if it is NaN
     scale = max(1, np.abs(expected).max())
     said = f'largest difference from PyTorch {diff:.1e} on {len(x)} images'
     if not diff<=1e-4*scale: raise ValueError(f'the exported program does not agree with the model: {said}')
@@ -264,13 +289,15 @@ def export_onnx(
     session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     return check_same(lambda x: session.run(None, dict(images=x))[0], module, images)
 
-# %% ../nbs/06_ship.ipynb #0fc50037
+# %% ../nbs/06_ship.ipynb #0e6ab9e9
 def write_script(
     onnx:str|Path, # ONNX file, whose name the script gets
 ) -> Path: # The script
     "Write a program that predicts image files with an ONNX file of `export_onnx` beside it"
     script = Path(onnx).with_suffix('.py')
-    script.write_text((resources.files('resizer_fastai')/'templates'/'predict_onnx.txt').read_text())
+    text = (resources.files('resizer_fastai')/'templates'/'predict_onnx.txt').read_text()
+    if script.exists() and script.read_text()!=text: raise ValueError(f'{script} is there already, and is not ours')
+    script.write_text(text)
     return script
 
 # %% ../nbs/06_ship.ipynb #c49e48ff
@@ -286,7 +313,7 @@ def check_images_of(
     if not read: raise ValueError(f'no image in {folder} can be read')
     return torch.stack(read)/255
 
-# %% ../nbs/06_ship.ipynb #9d3d6780
+# %% ../nbs/06_ship.ipynb #b913734c
 @cli_command
 def resizer_export(
     model:str, # Folder of a model or of a run, or the name of a repository on the Hugging Face Hub
@@ -298,7 +325,9 @@ def resizer_export(
 ):
     "Write a model for programs without this library, and check that it gives the same answers"
     if not (onnx or pt2 or resizer): raise ValueError('say what to write: --onnx FILE, --pt2 FILE or --resizer FILE')
+    _check_targets([onnx,resizer], '.onnx'), _check_targets([pt2])
     m = load_model(model, 'cpu')
+    if onnx and m.read: print(_printable(f'{write_script(onnx)}: predicts images with {onnx}'))
     if check and not m.read: m.read_batch([])   # which says what to do
     images,facts,whole = check_images_of(m, check),model_facts(m),shipped_model(m)
     alone = facts | dict(output='what the body sees, normalised', classes=None)
@@ -306,16 +335,14 @@ def resizer_export(
     todo = [(onnx,export_onnx,whole,facts), (pt2,export_pt2,whole,facts), (resizer,export_onnx,small,alone)]
     for file,export,module,said in todo:
         if not file: continue
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
         print(_printable(f'{file}: {export(module, file, said, images)}'))
-    if onnx and m.read: print(_printable(f'{write_script(onnx)}: predicts images with {onnx}'))
 
-# %% ../nbs/06_ship.ipynb #d670fa6a
+# %% ../nbs/06_ship.ipynb #e0eae672
 def _markdown(o):
     "`o` as plain text in Markdown, also in a table"
-    return o if isinstance(o, Markup) else re.sub(r'([\\`*_{}\[\]<>|#~!&])', r'\\\1', ' '.join(str(o).split()))
+    return o if isinstance(o, Markup) else re.sub(r'([\\`*_{}\[\]<>|#~!&$])', r'\\\1', ' '.join(str(o).split()))
 
-def _code(o): return Markup(str(o).replace('`', "'"))
+def _code(o): return Markup(' '.join(str(o).split()).replace('`', "'"))
 
 def model_card(
     path:str|Path, # Folder of a model, or of a finished run

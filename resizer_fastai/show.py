@@ -120,7 +120,6 @@ def _batch(learn, items):
 
 def _chosen(learn, items, *args):
     "The batch of `items`, by default the first images of each class"
-    if items is None and not hasattr(learn, 'dls'): raise ValueError('pass items: a normalised batch of images')
     return _batch(learn, sum(_places(learn, *args).values(), []) if items is None else items)
 
 # %% ../nbs/03_show.ipynb #cff13897
@@ -137,6 +136,10 @@ class ResizerPictures:
         device = first([*resizer.parameters(), torch.zeros(())]).device
         self.mean,self.std = [tensor(o, dtype=torch.float).view(-1,1,1).to(device) for o in (mean,std)]
         self.input_size = list(input_size) if is_listy(input_size) else [input_size]*2
+
+    @property
+    def dls(self): raise ValueError('pass items: a normalised batch of images, shape (N, C, H, W)')
+    def read_batch(self, images): self.dls   # it reads no images
 
 # %% ../nbs/03_show.ipynb #7847d4f7
 def _grid(columns, labels, side=2):

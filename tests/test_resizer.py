@@ -4,7 +4,8 @@ import pytest, torch
 from conftest import repo
 from safetensors.torch import load_file
 from torch import nn
-from resizer_fastai.resizer import Resizer, make_resizer, resizers
+from torch.nn import functional as F
+from resizer_fastai.resizer import MullerResizer, Resizer, make_resizer, resizer_config, resizers
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
@@ -100,3 +101,19 @@ def test_every_block_reads_the_block_before_it():
         nn.init.zeros_(resizer.blocks[0].bn2.weight)
         resizer(x)
     assert not torch.equal(*seen)
+
+@pytest.mark.parametrize('kwargs', [dict(weights='resnet18'), dict(num_layers=3, weights='resnet50')])
+def test_muller_refuses_weights_that_it_does_not_have(kwargs):
+    with pytest.raises(ValueError, match='weights must be one of resnet50, for two layers'): MullerResizer(8, **kwargs)
+
+def test_muller_with_its_authors_weights():
+    "Zeros beyond the border, as theirs, and the weights come back"
+    torch.manual_seed(0)
+    x, m = torch.rand(2, 3, 17, 20), MullerResizer((8, 9), weights='resnet50')
+    taps = torch.exp(-torch.arange(-2., 3)**2/2)
+    kernel = torch.outer(taps, taps)/taps.sum()**2
+    blur = lambda x: F.conv2d(x, kernel.expand(3, 1, 5, 5), padding=2, groups=3)
+    down = lambda x: F.interpolate(x, (8, 9), mode='bilinear')
+    expected = down(x)+torch.tanh(1.892*down(blur(x)-x)-0.014)+torch.tanh(-11.295*down(blur(blur(x))-blur(x))+0.003)
+    torch.testing.assert_close(m(x), expected, atol=1e-5, rtol=0)
+    assert resizer_config(m)['weights'] == 'resnet50' and MullerResizer(8, kernel_size=1, weights='resnet50')(x).shape == (2, 3, 8, 8)

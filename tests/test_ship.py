@@ -81,6 +81,41 @@ def test_file_that_is_named_twice_is_answered_twice(tmp_path):
     df = predict_files(small(), files, bs=3)
     assert df.probability_1[0] == df.probability_1[2] != df.probability_1[1]
 
+def test_file_that_is_there_is_no_pattern(command, saved, tmp_path):
+    make_images(tmp_path, ['photo1.png', 'photo[1].png', '--x.png'])
+    assert command('resizer_predict', saved, 'photo[1].png')[1].split('\t')[0] == 'photo[1].png'
+    assert command('resizer_predict', saved, '--', '--x.png')[1].split('\t')[0] == '--x.png'
+
+def test_empty_folder_stops_nothing_and_notes_are_no_answers(command, saved, tmp_path):
+    make_images(tmp_path/'p', ['a/1.png'])
+    (tmp_path/'p'/'a'/'notes.doc').write_text('')
+    (tmp_path/'empty').mkdir()
+    status, out, err = command('resizer_predict', saved, 'p', 'empty')
+    assert status == 1 and len(out.splitlines()) == 1 and 'notes' not in out and '1 files are skipped' in err and 'empty' in err
+
+@pytest.mark.parametrize('args,says', [
+    (['resizer_predict', '--csv', 'a', '--json', 'a'], 'a would be written twice'), (['resizer_predict', '--csv', 'p'], 'p cannot be written'),
+    (['resizer_predict', '--topk', 0], 'topk and bs must be 1 or more'), (['resizer_predict', '--bs', 0], 'topk and bs must be 1 or more'),
+    (['resizer_predict', '--save_resized', 'p/seen'], 'p/seen is inside p'), (['resizer_export', '--onnx', 'm'], 'm must end in .onnx'),
+    (['resizer_export', '--onnx', 'm.onnx', '--resizer', 'm.onnx'], 'm.onnx would be written twice'),
+    (['resizer_export', '--onnx', 'mine.onnx'], 'mine.py is there already')], ids=lambda o: ' '.join(map(str, o)) if isinstance(o, list) else '')
+def test_nothing_is_computed_for_an_output_that_cannot_be_written(command, saved, tmp_path, args, says):
+    make_images(tmp_path/'p', ['1.png'])
+    (tmp_path/'mine.py').write_text('print(1)')
+    name, *rest = args
+    status, _, err = command(name, saved, *(['p'] if name == 'resizer_predict' else []), *rest)
+    assert status in (1, 2) and says in err
+    assert (tmp_path/'mine.py').read_text() == 'print(1)' and not (tmp_path/'mine.onnx').exists()
+
+def test_names_of_any_bytes_are_written(command, saved, tmp_path):
+    import os
+    name = os.fsdecode(b'caf\xe9.png')
+    make_images(tmp_path, ['1.png'])
+    os.rename(tmp_path/'1.png', tmp_path/name)
+    assert command('resizer_predict', saved, name, '--csv', 'new/a.csv', '--json', 'new/a.json')[0] == 0
+    assert json.loads(Path('new/a.json').read_text())[0]['file'] == name
+    assert pd.read_csv('new/a.csv', encoding_errors='surrogateescape').file[0] == name
+
 def test_saved_views_are_what_the_body_sees(tmp_path):
     make_images(tmp_path/'p', ['a/1.png', 'b/1.png'])
     model, files = small(), get_image_files(tmp_path/'p').sorted()
@@ -122,16 +157,23 @@ def test_body_of_one_size_is_exported_for_that_size(tmp_path):
 def test_script_beside_the_file_gives_the_same_answers(command, tmp_path, resize):
     "It needs onnxruntime, NumPy and Pillow only; transparent and turned images are read alike"
     small(read=dict(resize=resize)).save_pretrained(tmp_path/'model')
-    files = [make_images(tmp_path, ['a.png', 'b.jpg'], (50, 90))/o for o in ('a.png', 'b.jpg')]
+    files = [make_images(tmp_path, ['a.png', 'b.jpg', 'c.jpg'], (50, 90))/o for o in ('a.png', 'b.jpg', 'c.jpg', 'd.png', 'e.tif')]
+    files[2].write_bytes(files[2].read_bytes()[:-200])
+    grey = np.linspace(0, 65535, 90*50).reshape(90, 50)
+    Image.fromarray(grey.astype(np.uint16)).save(files[3]), Image.fromarray((grey/65535).astype(np.float32)).save(files[4])
     with Image.open(files[0]) as im: im.putalpha(Image.linear_gradient('L').resize(im.size)); im.save(files[0])
     turned = Image.Exif()
     turned[274] = 6
     with Image.open(files[1]) as im: im.save(files[1], exif=turned, quality=95)
     status, out, err = command('resizer_export', 'model', '--onnx', 'm.onnx', '--check', '.')
     assert status == 0 and '100% with the same largest output' in out, err
-    code = "import sys, runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0]); assert not {'torch', 'fastai', 'resizer_fastai'} & set(sys.modules)"
-    said = subprocess.run([sys.executable, '-c', code, tmp_path/'m.py', *files], capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
+    code = '''
+import sys, runpy
+sys.argv = sys.argv[1:]
+try: runpy.run_path(sys.argv[0])
+finally: assert not {'torch', 'fastai', 'resizer_fastai'} & set(sys.modules)'''
+    said = subprocess.run([sys.executable, '-c', code, tmp_path/'m.py', 'gone.png', *files], capture_output=True, text=True)
+    assert said.returncode == 1 and 'Traceback' not in said.stderr and 'gone.png' in said.stderr
     rows = [o.split('\t') for o in said.stdout.splitlines()]
     df = predict_files(ResizerClassifier.from_pretrained('model'), files)
     assert [o[1] for o in rows] == list(df.class_1) and np.allclose([float(o[2]) for o in rows], df.probability_1, atol=2e-4)
@@ -148,12 +190,24 @@ def test_exports_agree_on_photographs(photos, tmp_path):
         said = export(shipped_model(model), tmp_path/file, facts, images)
         assert 'on 32 images, 100% with the same largest output' in said and float(said.split()[4]) < 1e-4
 
+@pytest.mark.slow
+@needs_onnx
+@pytest.mark.parametrize('activation', ['sigmoid', 'none'])
+def test_script_says_what_the_command_says(command, tmp_path, activation):
+    small(activation=activation, vocab=None if activation == 'none' else list('abc')).save_pretrained(tmp_path/'model')
+    make_images(tmp_path, ['a.png'])
+    assert command('resizer_export', 'model', '--onnx', 'm.onnx')[0] == 0
+    said = subprocess.run([sys.executable, 'm.py', 'a.png'], capture_output=True, text=True).stdout.split('\t')
+    rows = command('resizer_predict', 'model', 'a.png')[1].split('\t')
+    number = lambda o: float(o) if re.fullmatch(r'-?[\d.]+\s*', o) else o
+    assert len(said) == len(rows) and all(a == b or abs(a-b) < 2e-4 for a, b in zip(map(number, said), map(number, rows)))
+
 def test_wrong_program_is_noticed(tmp_path):
     from resizer_fastai.ship import check_same
     module, x = shipped_model(small()), torch.rand(3, 3, 64, 64)
     right = lambda x: module(torch.from_numpy(x)).detach().numpy()
     assert '100% with the same largest output' in check_same(right, module, x)
-    for wrong in (lambda x: right(x)+2e-4, lambda x: right(x[::-1].copy()), lambda x: right(x)*np.nan):
+    for wrong in (lambda x: right(x)+2e-4, lambda x: right(x[::-1].copy()), lambda x: right(x)*np.nan, lambda x: right(x)*(np.nan if len(x) > 1 else 1)):
         with pytest.raises(ValueError, match='does not agree'): check_same(wrong, module, x)
 
 def test_traced_resizer_takes_its_facts_along(tmp_path):
@@ -179,9 +233,20 @@ def hostile_run(path):
 def test_model_card_is_whole_and_escaped(tmp_path):
     card = model_card(hostile_run(tmp_path), 'me/wo"of', license='apache-2.0')
     head, body = card.split('---\n')[1:]
-    assert 'license: "apache-2.0"' in head and '50.00 % of 2 validation images' in body and '64x64 pixels to 32x32' in body
+    assert 'license: "apache-2.0"' in head and '50.00 % of 2 validation images' in body
+    assert 'images of 64x64 pixels' in body and 'Talebi and Milanfar' in body and 'to 32x32 pixels' in body
     assert '<script>' not in card and '\n# big' not in card and card.count('```') == 4
     assert r'\<script\>' in body and 'None' not in body and 'Information Needed' not in body
+
+@pytest.mark.parametrize('kwargs', [dict(resizer='blurred'), dict(activation='none', vocab=None), dict(read=None)])
+def test_model_card_says_what_holds_only(tmp_path, kwargs):
+    model = small(**{k: v for k, v in kwargs.items() if k != 'read'})
+    if 'read' in kwargs: model.read = None
+    model.save_pretrained(tmp_path)
+    card = model_card(tmp_path, 'me/woof')
+    assert ('Talebi and Milanfar' in card) == ('resizer' not in kwargs)
+    assert ('pipeline_tag' in card) == ('activation' not in kwargs)
+    assert ("predict('photo.jpg')" in card) == ('read' not in kwargs)
 
 def test_push_and_come_back(tmp_path, monkeypatch):
     "All but the network"

@@ -8,7 +8,8 @@ from fastai.vision.all import (
 from conftest import make_images
 from resizer_fastai.data import get_dls
 from resizer_fastai.learner import plain_head, resizer_learner
-from resizer_fastai.show import Film, class_spectra, explore, resized_views, write_report
+from resizer_fastai.resizer import Resizer
+from resizer_fastai.show import Film, ResizerPictures, class_spectra, explore, resized_views, write_report
 
 def small(dls=None, size=32, out=16, **kwargs):
     set_seed(0)
@@ -169,3 +170,10 @@ def test_explore_without_ipywidgets(learn, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
     with pytest.raises(ValueError, match=r'pip install resizer_fastai\[explore\]'): explore(learn)
 
+
+def test_pictures_of_a_resizer_alone():
+    pictures = ResizerPictures(Resizer(16), [0.5]*3, [0.25]*3, input_size=(32, 48))
+    x = torch.randn(4, 3, 32, 48)
+    for fig in (pictures.show_resized(items=x), pictures.plot_spectrum(items=x), pictures.plot_response(n=4)): plt.close(fig)
+    for call in (pictures.show_resized, pictures.plot_spectrum, lambda: pictures.show_resized(items=['a.png']), lambda: pictures.show_resized(items=[0])):
+        with pytest.raises(ValueError, match='pass items: a normalised batch'): call()
