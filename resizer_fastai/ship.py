@@ -313,7 +313,7 @@ def check_images_of(
     if not read: raise ValueError(f'no image in {folder} can be read')
     return torch.stack(read)/255
 
-# %% ../nbs/06_ship.ipynb #b913734c
+# %% ../nbs/06_ship.ipynb #1d312412
 @cli_command
 def resizer_export(
     model:str, # Folder of a model or of a run, or the name of a repository on the Hugging Face Hub
@@ -335,7 +335,11 @@ def resizer_export(
     todo = [(onnx,export_onnx,whole,facts), (pt2,export_pt2,whole,facts), (resizer,export_onnx,small,alone)]
     for file,export,module,said in todo:
         if not file: continue
-        print(_printable(f'{file}: {export(module, file, said, images)}'))
+        try: result = export(module, file, said, images)
+        except ValueError:
+            Path(file).unlink(missing_ok=True)
+            raise
+        print(_printable(f'{file}: {result}'))
 
 # %% ../nbs/06_ship.ipynb #e0eae672
 def _markdown(o):

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_images, needs_timm
 import torch
 import pandas as pd
-from fastai.vision.all import Image, Path, first, get_image_files
+from fastai.vision.all import Image, Path, first, get_image_files, nn
 from huggingface_hub import HfApi
 from resizer_fastai.data import ReadImage
 from resizer_fastai.learner import ResizerClassifier, plain_head
@@ -209,6 +209,11 @@ def test_wrong_program_is_noticed(tmp_path):
     assert '100% with the same largest output' in check_same(right, module, x)
     for wrong in (lambda x: right(x)+2e-4, lambda x: right(x[::-1].copy()), lambda x: right(x)*np.nan, lambda x: right(x)*(np.nan if len(x) > 1 else 1)):
         with pytest.raises(ValueError, match='does not agree'): check_same(wrong, module, x)
+
+def test_wrong_export_leaves_no_file(command, saved, monkeypatch):
+    monkeypatch.setattr('resizer_fastai.ship.trace', lambda module, size, n_in: trace(Shipped(small(n=3), nn.Sequential(module, nn.Tanh())), size, n_in))
+    status, _, err = command('resizer_export', saved, '--pt2', 'm.pt2')
+    assert status == 2 and 'does not agree' in err and not Path('m.pt2').exists()
 
 def test_traced_resizer_takes_its_facts_along(tmp_path):
     model = small()
