@@ -21,7 +21,7 @@ $(INSTALLED): settings.ini setup.py
 	touch $@
 
 train: $(INSTALLED)  ## train bilinear, learned and none, and compare them; ARGS="--data imagewoof-320 ..." for photographs
-	$(BIN)/resizer_compare --resizers bilinear,learned,none --seeds 0 --data sample --arch resnet18 --size 128 --out 64 --epochs 3 --bs 25 --num_workers 0 $(ARGS)
+	$(BIN)/resizer_compare --resizers bilinear,learned,none --seeds 0 --data sample --arch timm/resnet10t --size 128 --out 64 --epochs 3 --bs 25 --num_workers 0 $(ARGS)
 
 test: $(INSTALLED)  ## run the notebooks of the library as nbdev_test does, then the fast tests; ARGS="-k name" for some
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --skip_folder_re '^[_.]|tutorials' --timing
