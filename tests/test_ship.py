@@ -82,9 +82,9 @@ def test_file_that_is_named_twice_is_answered_twice(tmp_path):
     assert df.probability_1[0] == df.probability_1[2] != df.probability_1[1]
 
 def test_file_that_is_there_is_no_pattern(command, saved, tmp_path):
-    make_images(tmp_path, ['photo1.png', 'photo[1].png', '--x.png'])
+    make_images(tmp_path, ['photo1.png', 'photo[1].png', '--x-y.png'])
     assert command('resizer_predict', saved, 'photo[1].png')[1].split('\t')[0] == 'photo[1].png'
-    assert command('resizer_predict', saved, '--', '--x.png')[1].split('\t')[0] == '--x.png'
+    assert command('resizer_predict', saved, '--', '--x-y.png')[1].split('\t')[0] == '--x-y.png'
 
 def test_empty_folder_stops_nothing_and_notes_are_no_answers(command, saved, tmp_path):
     make_images(tmp_path/'p', ['a/1.png'])
@@ -119,8 +119,10 @@ def test_names_of_any_bytes_are_written(command, saved, tmp_path):
 def test_saved_views_are_what_the_body_sees(tmp_path):
     make_images(tmp_path/'p', ['a/1.png', 'b/1.png'])
     model, files = small(), get_image_files(tmp_path/'p').sorted()
+    with torch.no_grad(): model.resizer.out.weight *= 30
     predict_files(model, files, save_resized=tmp_path/'seen')
     with torch.no_grad(): seen = model.resizer(model.read_batch(files))*model.std+model.mean
+    assert seen.min() < 0 and seen.max() > 1   # so that the scale matters
     for f, y in zip(files, seen):
         im = Image.open((tmp_path/'seen'/f.relative_to(tmp_path/'p')).with_suffix('.png.png'))
         lo, hi = map(float, re.findall(r'-?\d+\.\d+', im.text['scaling']))
