@@ -26,15 +26,16 @@ from .show import grad_cam, resized_views, value_range
 from .train import made_with, read_run
 import glob, subprocess
 
-# %% ../nbs/06_ship.ipynb #e9ab0195
+# %% ../nbs/06_ship.ipynb #4ec0bbaf
+def _model_folder(path): return Path(path)/'model' if (Path(path)/'model').is_dir() else path
+
 def load_model(
     model:str|Path, # Folder of a model or of a run, or the name of a repository on the Hugging Face Hub
     device:str=None, # cpu, cuda or another device of PyTorch; by default the GPU if there is one
 ) -> ResizerClassifier: # In evaluation mode, on `device`
     "Load a model for use"
-    inside = Path(model)/'model'
     device = torch.device(ifnone(device, default_device()))
-    return ResizerClassifier.from_pretrained(inside if inside.is_dir() else model).to(device)
+    return ResizerClassifier.from_pretrained(_model_folder(model)).to(device)
 
 # %% ../nbs/06_ship.ipynb #28803104
 def _read_or_error(read, file):
@@ -68,10 +69,15 @@ def _answer(model, output, topk):
     for k,(p,i) in enumerate(zip(ps.tolist(), idxs.tolist()), 1): row |= {f'class_{k}': names[i], f'probability_{k}': p}
     return row
 
-# %% ../nbs/06_ship.ipynb #6d5a3706
+# %% ../nbs/06_ship.ipynb #15983996
 def _png_path(folder, file, root):
     "Where the picture of `file` goes: its place under `root`, with .png added"
     return folder/f'{Path(os.path.abspath(file)).relative_to(root)}.png'
+
+def _rgb_array(im, lo=0., hi=1.):
+    "Image (C, H, W) as a uint8 array (H, W, 3)"
+    shown = ((im if len(im)==3 else im.mean(0, keepdim=True).expand(3, -1, -1))-lo)/max(hi-lo, 1e-6)
+    return shown.clamp(0,1).mul(255).round().byte().permute(1,2,0).numpy()
 
 def save_view(
     y:Tensor, # What the body sees, not normalised, shape (C, h, w)
@@ -79,12 +85,10 @@ def save_view(
 ):
     "Write an image of any range, with the values that are black and white in the metadata"
     lo,hi = value_range(y)
-    shown = ((y-lo)/max(hi-lo, 1e-6)).clamp(0,1).mul(255).round().byte()
-    im = Image.fromarray((shown.permute(1,2,0) if len(y)==3 else shown[0]).numpy())
     info = PngInfo()
     info.add_text('scaling', f'black is {lo:.4f}, white is {hi:.4f}, where the input has 0 and 1')
     file.parent.mkdir(parents=True, exist_ok=True)
-    im.save(file, pnginfo=info)
+    Image.fromarray(_rgb_array(y, lo, hi)).save(file, pnginfo=info)
 
 # %% ../nbs/06_ship.ipynb #c66d8dd4
 def predict_files(
@@ -341,7 +345,7 @@ def resizer_export(
             raise
         print(_printable(f'{file}: {result}'))
 
-# %% ../nbs/06_ship.ipynb #e0eae672
+# %% ../nbs/06_ship.ipynb #8b23b1ed
 def _markdown(o):
     "`o` as plain text in Markdown, also in a table"
     return o if isinstance(o, Markup) else re.sub(r'([\\`*_{}\[\]<>|#~!&$])', r'\\\1', ' '.join(str(o).split()))
@@ -356,7 +360,7 @@ def model_card(
     "A model card from what is known of a model and its run"
     path = Path(path)
     run = read_run(path, finished=True) if (path/'run.json').exists() else None
-    config = json.loads(((path/'model' if run else path)/'config.json').read_text())
+    config = json.loads((_model_folder(path)/'config.json').read_text())
     env = Environment(loader=PackageLoader('resizer_fastai'), finalize=_markdown, trim_blocks=True, lstrip_blocks=True)
     env.filters |= dict(code=_code, tojson=lambda o: Markup(json.dumps(str(o))))
     size,out = config['input_size'],config['resizer'].get('size', config['input_size'])
@@ -365,7 +369,7 @@ def model_card(
         name=repo.split('/')[-1], repo=repo, license=license, config=config, run=run,
         rows=made_with(run) if run else [], picture=(path/'images'/'resized.png').exists(), **sizes)
 
-# %% ../nbs/06_ship.ipynb #b93ae5e9
+# %% ../nbs/06_ship.ipynb #8f24cbfc
 def push_to_hub(
     path:str|Path, # Folder of a model, or of a finished run
     repo:str, # Name of the repository, such as 'me/woof'; it is created if it is not there
@@ -379,21 +383,16 @@ def push_to_hub(
         folder = Path(tmp)
         (folder/'README.md').write_text(model_card(path, repo, license))
         for name in ('config.json','model.safetensors'):
-            shutil.copy((path/'model' if (path/'model').is_dir() else path)/name, folder)
+            shutil.copy(_model_folder(path)/name, folder)
         picture = path/'images'/'resized.png'
         if picture.exists(): Image.open(picture).convert('RGB').save(folder/'resized.jpg', quality=85)
         api.create_repo(repo, private=private, exist_ok=True)
         return api.upload_folder(repo_id=repo, folder_path=folder, commit_message='Upload a model of resizer_fastai')
 
-# %% ../nbs/06_ship.ipynb #e9a6586f
+# %% ../nbs/06_ship.ipynb #13d80a6d
 def _coloured(x, cmap, lo=0., hi=1.):
     "Values (H, W) in the colours of a colour map, as a uint8 array (H, W, 3)"
     return plt.get_cmap(cmap)(((x-lo)/max(hi-lo, 1e-6)).numpy(), bytes=True)[...,:3]
-
-def _rgb_array(im, lo=0., hi=1.):
-    "Image (C, H, W) as a uint8 array (H, W, 3)"
-    shown = ((im if len(im)==3 else im.mean(0, keepdim=True).expand(3, -1, -1))-lo)/max(hi-lo, 1e-6)
-    return shown.clamp(0,1).mul(255).round().byte().permute(1,2,0).numpy()
 
 def explain_image(
     model:ResizerClassifier,
@@ -419,7 +418,7 @@ def _cam_array(model, x, im):
     heat = _coloured(interpolate(cam[None], im.shape[-2:])[0,0], 'viridis')
     return _rgb_array(im)//2+heat//2
 
-# %% ../nbs/06_ship.ipynb #1e6690a2
+# %% ../nbs/06_ship.ipynb #12feb3f0
 def demo_page(
     model:ResizerClassifier, # That knows how its images are read
     title:str, # Of the page
@@ -431,7 +430,7 @@ def demo_page(
     if model.read is None: model.read_batch([])   # which says what to do
 
     def answer(file):
-        if file is None: raise gr.Error('drop an image first')
+        if file is None: return [None]*4   # the image was cleared
         try: return explain_image(model, file)
         except (OSError, ValueError): raise gr.Error('this file is no image that can be read') from None
 
