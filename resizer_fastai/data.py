@@ -199,6 +199,8 @@ class ReadImage(DisplayedTransform):
     ):
         if resize not in resize_ways: raise ValueError(f'resize must be one of {", ".join(resize_ways)}: got {resize}')
         size,background = _hw(size),_colour(background)
+        if [type(o) for o in background]!=[int]*3 or not all(0<=o<256 for o in background):
+            raise ValueError(f'background must be a colour, as (red, green, blue) from 0 to 255: got {background}')
         super().__init__()
         store_attr()
 

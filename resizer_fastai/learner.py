@@ -12,11 +12,12 @@ from contextlib import ExitStack, nullcontext
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch.amp import GradScaler
 from torchvision.ops import Permute
 from .data import ReadImage, image_reader, only_known
-from .resizer import make_resizer, naming, plain, resizer_config, resizers, save_resizer
+from .resizer import check_numbers, check_weights, load_weights, make_resizer, max_bytes, naming, plain, resizer_config
+from .resizer import resizers, save_resizer, weights_header, without_memory
 import torchvision
 
 # %% ../nbs/02_learner.ipynb #3851c9f0
@@ -110,9 +111,11 @@ def named_resizer(
 
 @torch.no_grad()
 def _channels_out(resizer, n_in, size):
-    "How many channels `resizer` outputs for images of `n_in`"
-    like = first([*resizer.parameters(), torch.zeros(())])
-    with evaluating(resizer): y = resizer(like.new_zeros(1, n_in, *size))
+    "How many channels `resizer` outputs for images of `n_in`, found without computing where it allows that"
+    def output(resizer, x):
+        with evaluating(resizer): return resizer(x)
+    try: y = output(deepcopy(resizer).to('meta'), torch.zeros(1, n_in, *size, device='meta'))
+    except Exception: y = output(resizer, first([*resizer.parameters(), torch.zeros(())]).new_zeros(1, n_in, *size))
     if y.ndim!=4: raise ValueError(f'a resizer must output shape (B, C, h, w): got {tuple(y.shape)}')
     return y.shape[1]
 
@@ -153,14 +156,15 @@ class ResizerClassifier(nn.Module):
         if activation not in activations:
             raise ValueError(f'activation must be one of {", ".join(activations)}: got {activation}')
         if vocab is not None and len(vocab)!=n_out:
-            raise ValueError(f'there are {len(vocab)} names of classes for {n_out} outputs')
+            raise ValueError(f'vocab has {len(vocab)} names of classes for {n_out} outputs')
 
     def set_stats(self,
         mean:list, # Mean of each channel that images are normalised with
         std:list, # Standard deviation of each channel, above 0
     ):
         "Change what images are normalised with in `predict`, and in what is saved"
-        if not {len(mean),len(std)} <= {1,self.n_in} or not all(o>0 for o in std): raise ValueError(
+        fits = {len(mean),len(std)} <= {1,self.n_in} and all(map(math.isfinite, [*mean,*std])) and min(std)>0
+        if not fits: raise ValueError(
             f'mean and std must have a value for each of {self.n_in} channels, std above 0: got {mean} and {std}')
         for k,o in dict(mean=mean, std=std).items():
             o = tensor(o, dtype=torch.float).view(-1,1,1).to(one_param(self).device)
@@ -181,8 +185,9 @@ def _config(m):
     if arch is None: raise ValueError(f'the body {m.arch} has no name: register it first, with bodies["name"] = ...')
     read = m.read and dict(size=m.read.size, resize=m.read.resize, background=list(m.read.background))
     stats = {k: getattr(m, k).flatten().tolist() for k in ('mean','std')}
-    rest = {k: getattr(m, k) for k in ('n_out','n_in','input_size','vocab','activation')}
-    return dict(arch=arch, resizer=resizer_config(m.resizer), read=read, **stats, **plain(rest | m.head_args))
+    rest = {k: getattr(m, k) for k in ('n_out','n_in','input_size','activation')}
+    rest |= dict(vocab=m.vocab and list(map(str, m.vocab))) | m.head_args
+    return dict(arch=arch, resizer=resizer_config(m.resizer), read=read, **stats, **plain(rest))
 
 # %% ../nbs/02_learner.ipynb #b7e1a99e
 @patch
@@ -191,12 +196,34 @@ def save_pretrained(self:ResizerClassifier,
 ):
     "Write the model without pickle; ValueError if `config.json` could not bring it back"
     config = _config(self)
-    lost = ', '.join(k for k,v in config.items() if callable(v))
+    lost = ', '.join(k for k,v in config.items() if callable(v) or k not in {*_config_kinds,*_head_args})
     if lost: raise ValueError(f'config.json cannot hold {lost} of this model: use learn.export, which pickles it')
     path,text = Path(path),json.dumps(config, indent=2)+'\n'
     path.mkdir(parents=True, exist_ok=True)
     (path/'config.json').write_text(text)
     save_model(self, str(path/'model.safetensors'))
+
+# %% ../nbs/02_learner.ipynb #76511e66
+_config_kinds = dict(arch=str, resizer=dict, read=dict|None, vocab=list|None, mean=list, std=list, n_out=int, n_in=int,
+                     input_size=list, activation=str)
+_head_args = ('cut','concat_pool','pool','lin_ftrs','ps','first_bn','bn_final','lin_first','y_range','init',
+              'img_size','drop_rate','drop_path_rate')   # of fastai's `create_vision_model`, and of models of timm
+
+def read_config(
+    file:Path,
+) -> dict: # Of `ResizerClassifier`
+    "A configuration; ValueError unless its keys and the kinds of its values are those that `save_pretrained` writes"
+    with open(file, 'rb') as f: text = f.read(max_bytes+1)
+    if len(text)>max_bytes: raise ValueError(f'it has more than {max_bytes:,} bytes')
+    config = json.loads(text)
+    if not isinstance(config, dict): raise ValueError(f'it holds a {type(config).__name__}')
+    for k,kind in _config_kinds.items():
+        if not isinstance(config[k], kind): raise ValueError(f'{k} is {config[k]!r:.60}')
+    unknown = config.keys() - {*_config_kinds,*_head_args}
+    if unknown: raise ValueError(f'it has the unknown key {first(unknown)}')
+    if not all(isinstance(o, str) for o in config['vocab'] or ()): raise ValueError('vocab has a class that is no name')
+    check_numbers({k:v for k,v in config.items() if k not in ('n_out','vocab')})
+    return config
 
 # %% ../nbs/02_learner.ipynb #d1e342ba
 @patch(cls_method=True)
@@ -212,13 +239,18 @@ def from_pretrained(cls:ResizerClassifier,
                                 f'downloaded: {e}') from e
     missing = [o for o in names if not (folder/o).is_file()]
     if missing: raise FileNotFoundError(f'no {" and no ".join(missing)} in {folder}')
-    with naming(folder/'config.json'):
-        config = json.loads((folder/'config.json').read_text())
-        config['resizer'] = make_resizer(**config['resizer'])
-        if config['read']: config['read'] = ReadImage(**config['read'])
-        model = cls(**config)
-    with naming(folder/'model.safetensors'): load_model(model, folder/'model.safetensors')
-    return model.eval()
+    config_file,weights_file = folder/'config.json',folder/'model.safetensors'
+    with naming(config_file): config = read_config(config_file)
+    with naming(weights_file): there,_ = weights_header(weights_file)
+    make = partial(_from_config, cls, config)
+    for part,prefix in ((partial(make_resizer, **config['resizer']),'resizer.'), (make,'')):
+        with naming(config_file): here = {f'{prefix}{k}': o for k,o in without_memory(part, there).items()}
+        with naming(weights_file): check_weights(here, {k:o for k,o in there.items() if k.startswith(prefix)})
+    with naming(weights_file): return load_weights(make(), weights_file).eval()
+
+def _from_config(cls, config):
+    read = config['read'] and ReadImage(**config['read'])
+    return cls(**config | dict(resizer=make_resizer(**config['resizer']), read=read))
 
 # %% ../nbs/02_learner.ipynb #615294ba
 @patch

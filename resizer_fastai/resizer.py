@@ -7,14 +7,16 @@ __all__ = ['resizers', 'interpolate', 'ResidualBlock', 'Resizer', 'FixedResizer'
            'load_resizer']
 
 # %% ../nbs/01_resizer.ipynb #c5edc453
-import inspect, json, torch, torch.nn.functional as F
+import inspect, itertools, json, torch, torch.nn.functional as F
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import store_attr
 from functools import partial
 from pathlib import Path
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn, Tensor
+from torch.nn.modules.module import register_module_buffer_registration_hook as on_buffer
+from torch.nn.modules.module import register_module_parameter_registration_hook as on_parameter
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -260,8 +262,77 @@ def naming(
     "Turn errors while reading `file` into a ValueError that names it"
     try: yield
     except KeyError as e: raise ValueError(f'{file} has no {e}') from e
-    except (AttributeError, TypeError, RuntimeError, ValueError, SafetensorError) as e:
-        raise ValueError(f'{file} cannot be used here: {e}') from e
+    except Exception as e:   # whatever a file from somebody else can lead to
+        why = str(e).split('\n')[0] or type(e).__name__
+        raise ValueError(f'{file} cannot be used here: {why:.300}') from e
+
+# %% ../nbs/01_resizer.ipynb #e75a2501
+max_bytes,max_number = 10**7,2**14
+
+def check_numbers(
+    o, # Plain Python, from JSON
+    name:str='it', # What it is called
+):
+    "Raise for a number that is not finite, or larger than any count or size in pixels of a model"
+    if isinstance(o, (dict,list)):
+        for k,v in o.items() if isinstance(o, dict) else zip(itertools.repeat(name), o): check_numbers(v, k)
+    elif isinstance(o, (int,float)) and not abs(o)<=max_number:
+        raise ValueError(f'{name} is {o}, and may be {max_number:,} at most')
+
+def weights_header(
+    file:Path,
+) -> tuple: # Name -> (type, shape) of each tensor, and the metadata
+    "What the header of a safetensors file says"
+    with open(file, 'rb') as f: n = int.from_bytes(f.read(8), 'little')
+    if n>max_bytes: raise ValueError(f'its header has more than {max_bytes:,} bytes')
+    with safe_open(file, 'pt') as f:
+        tensors = {k: f.get_slice(k) for k in f.keys()}
+        return {k: (o.get_dtype(), o.get_shape()) for k,o in tensors.items()}, f.metadata() or {}
+
+# %% ../nbs/01_resizer.ipynb #82dd68cf
+def without_memory(
+    make, # Function that makes a module
+    there:dict, # Tensors of its file, from `weights_header`
+) -> dict: # Its state, on PyTorch's meta device
+    "Make a module without memory for its weights; ValueError if it has many more of them than its file"
+    seen,limit = {},2*len(there)+1000   # fastai makes a head that it cuts off
+    def to_meta(module, name, o):
+        if o is None: return
+        if len(seen)>limit: raise ValueError(f'it describes more than {limit} weights, and the file has {len(there)}')
+        meta = nn.Parameter(o.to('meta'), o.requires_grad) if isinstance(o, nn.Parameter) else o.to('meta')
+        return seen.setdefault(id(o), (meta,o))[0]   # with `o`, whose id then stays its own
+    hooks = [on_parameter(to_meta), on_buffer(to_meta)]
+    try: return make().state_dict(keep_vars=True)
+    finally:
+        for o in hooks: o.remove()
+
+# %% ../nbs/01_resizer.ipynb #d2ac28fc
+_floats,_types = ('F32','F16','BF16','F64'),{torch.int64: ('I64',), torch.bool: ('BOOL',)}
+
+def check_weights(
+    here:dict, # State of a module
+    there:dict, # Tensors of a file, from `weights_header`
+):
+    "Raise unless every weight of the module is in the file, with its shape and type, and no other"
+    same = {k: id(o) for k,o in here.items()}   # weights that a module has under two names are in the file once
+    missing = set(same.values()) - {same.get(k) for k in there}
+    lost = [k for k in here if same[k] in missing]
+    if lost: raise ValueError(f'it has no {lost[0]}')
+    for k,(dtype,shape) in there.items():
+        if k not in here: raise ValueError(f'the model has no {k}')
+        size = list(here[k].shape)
+        if shape!=size: raise ValueError(f'{k} has the shape {shape}, and the model {size}')
+        if dtype not in _types.get(here[k].dtype, _floats): raise ValueError(f'{k} is of type {dtype}')
+
+def load_weights(
+    module:nn.Module,
+    file:Path, # Whose weights fit
+) -> nn.Module: # `module`
+    "Load weights; ValueError if one is not finite"
+    load_model(module, file)
+    bad = [k for k,o in module.state_dict().items() if not o.isfinite().all()]
+    if bad: raise ValueError(f'{bad[0]} has values that are not finite')
+    return module
 
 # %% ../nbs/01_resizer.ipynb #7e39eae4
 def load_resizer(
@@ -271,8 +342,11 @@ def load_resizer(
     file = _weights_file(file)
     if not file.is_file(): raise FileNotFoundError(f'no resizer in {file}')
     with naming(file):
-        with safe_open(file, 'pt') as f: meta = {k: json.loads(v) for k,v in f.metadata().items()}
-        resizer,(mean,std) = make_resizer(**meta['resizer']),meta['stats']
-        load_model(resizer, file)
+        there,meta = weights_header(file)
+        config,(mean,std) = json.loads(meta['resizer']),json.loads(meta['stats'])
+        check_numbers([config,mean,std])
+        make = partial(make_resizer, **config)
+        check_weights(without_memory(make, there), there)
+        resizer = load_weights(make(), file)
     resizer.mean,resizer.std = mean,std
     return resizer.eval()
