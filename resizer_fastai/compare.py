@@ -10,6 +10,7 @@ import gc
 from fastai.vision.all import *
 from scipy import stats
 from .data import cli_command
+from .resizer import naming
 from .show import write_report
 from .train import command_of, made_with, only_process, other_options, read_run, resizer_train, run_name
 from .train import run_pictures, save_figure, train_options, train_run
@@ -70,6 +71,7 @@ def results_table(
     table = runs.groupby('resizer', sort=False).accuracy.agg(seeds='count', accuracy='mean', sd='std')
     seconds = runs.groupby('resizer', sort=False).epoch_seconds.mean()
     table['cost'] = seconds/seconds[base]
+    table[['difference','low','high','pairs']] = math.nan
     for name in table.index.drop(base):
         d = by_seed(runs, name, base)
         table.loc[name, ['difference','low','high','pairs']] = d.mean(),*interval(d),len(d)
@@ -145,10 +147,12 @@ def collect_runs(
     return runs.drop(columns='images').sort_values('seed', kind='stable')
 
 def _row(path, run):
-    a,v,names = run['args'],run['versions'],np.load(path/'preds.npz')['names']
+    a,v = run['args'],run['versions']
+    with naming(path/'preds.npz'): names = np.load(path/'preds.npz')['names']
+    with naming(path/'metrics.csv'): seconds = pd.read_csv(path/'metrics.csv').seconds.median()
     return dict(
         resizer=a['resizer'], seed=a['seed'], accuracy=round(100*run['metrics']['accuracy'], 4), epochs=a['epochs'],
-        epoch_seconds=pd.read_csv(path/'metrics.csv').seconds.median(), images='\n'.join(names), device=run['device'],
+        epoch_seconds=seconds, images='\n'.join([*names, run['data']['pixels']]), device=run['device'],
         precision=run['precision'], **{k: v.get(k) for k in ('resizer_fastai','commit','torch','fastai')},
         command=run['command'], path=str(path))
 

@@ -15,9 +15,9 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_model
 from torch.amp import GradScaler
 from torchvision.ops import Permute
-from .data import ReadImage, image_reader, only_known
-from .resizer import check_numbers, check_weights, load_weights, make_resizer, max_bytes, naming, plain, resizer_config
-from .resizer import resizers, save_resizer, weights_header, without_memory
+from .data import ReadImage, image_reader, only_known, whole_file, write_json
+from .resizer import check_numbers, check_weights, load_weights, make_resizer, naming, plain, read_json
+from .resizer import resizer_config, resizers, save_resizer, weights_file, weights_header, without_memory
 import torchvision
 
 # %% ../nbs/02_learner.ipynb #3851c9f0
@@ -198,10 +198,10 @@ def save_pretrained(self:ResizerClassifier,
     config = _config(self)
     lost = ', '.join(k for k,v in config.items() if callable(v) or k not in {*_config_kinds,*_head_args})
     if lost: raise ValueError(f'config.json cannot hold {lost} of this model: use learn.export, which pickles it')
-    path,text = Path(path),json.dumps(config, indent=2)+'\n'
+    path,n_bytes = Path(path),sum(o.nbytes for o in self.state_dict().values())
     path.mkdir(parents=True, exist_ok=True)
-    (path/'config.json').write_text(text)
-    save_model(self, str(path/'model.safetensors'))
+    write_json(path/'config.json', config)
+    with whole_file(path/'model.safetensors', n_bytes) as tmp: save_model(self, str(tmp))
 
 # %% ../nbs/02_learner.ipynb #76511e66
 _config_kinds = dict(arch=str, resizer=dict, read=dict|None, vocab=list|None, mean=list, std=list, n_out=int, n_in=int,
@@ -213,12 +213,7 @@ def read_config(
     file:Path,
 ) -> dict: # Of `ResizerClassifier`
     "A configuration; ValueError unless its keys and the kinds of its values are those that `save_pretrained` writes"
-    with open(file, 'rb') as f: text = f.read(max_bytes+1)
-    if len(text)>max_bytes: raise ValueError(f'it has more than {max_bytes:,} bytes')
-    config = json.loads(text)
-    if not isinstance(config, dict): raise ValueError(f'it holds a {type(config).__name__}')
-    for k,kind in _config_kinds.items():
-        if not isinstance(config[k], kind): raise ValueError(f'{k} is {config[k]!r:.60}')
+    config = read_json(file, _config_kinds)
     unknown = config.keys() - {*_config_kinds,*_head_args}
     if unknown: raise ValueError(f'it has the unknown key {first(unknown)}')
     if not all(isinstance(o, str) for o in config['vocab'] or ()): raise ValueError('vocab has a class that is no name')
@@ -239,14 +234,14 @@ def from_pretrained(cls:ResizerClassifier,
                                 f'downloaded: {e}') from e
     missing = [o for o in names if not (folder/o).is_file()]
     if missing: raise FileNotFoundError(f'no {" and no ".join(missing)} in {folder}')
-    config_file,weights_file = folder/'config.json',folder/'model.safetensors'
+    config_file,file = folder/'config.json',folder/'model.safetensors'
     with naming(config_file): config = read_config(config_file)
-    with naming(weights_file): there,_ = weights_header(weights_file)
+    with naming(file): there,_ = weights_header(file)
     make = partial(_from_config, cls, config)
     for part,prefix in ((partial(make_resizer, **config['resizer']),'resizer.'), (make,'')):
         with naming(config_file): here = {f'{prefix}{k}': o for k,o in without_memory(part, there).items()}
-        with naming(weights_file): check_weights(here, {k:o for k,o in there.items() if k.startswith(prefix)})
-    with naming(weights_file): return load_weights(make(), weights_file).eval()
+        with naming(file): check_weights(here, {k:o for k,o in there.items() if k.startswith(prefix)})
+    with naming(file): return load_weights(make(), file).eval()
 
 def _from_config(cls, config):
     read = config['read'] and ReadImage(**config['read'])
@@ -677,5 +672,7 @@ def save_resizer(self:ResizerLearner,
     file:str|Path, # `.safetensors` is added where it is missing
 ) -> Path: # The file
     "Save the resizer alone, for `load_resizer`, with the statistics that its images are normalised with"
-    model = get_model(self.model)
-    return save_resizer(model.resizer, file, model.mean.flatten().tolist(), model.std.flatten().tolist())
+    model,file = get_model(self.model),weights_file(file)
+    with whole_file(file) as tmp:
+        save_resizer(model.resizer, tmp, model.mean.flatten().tolist(), model.std.flatten().tolist())
+    return file

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resizers', 'interpolate', 'ResidualBlock', 'Resizer', 'FixedResizer', 'MullerResizer', 'make_resizer', 'save_resizer',
-           'load_resizer']
+           'weights_file', 'load_resizer']
 
 # %% ../nbs/01_resizer.ipynb #c5edc453
 import inspect, itertools, json, torch, torch.nn.functional as F
@@ -247,12 +247,12 @@ def save_resizer(
     std:list=None, # Standard deviation of each channel
 ) -> Path: # The file
     "Save a resizer alone: its weights, and in the header of the file how to make it"
-    config,file = resizer_config(resizer),_weights_file(file)
+    config,file = resizer_config(resizer),weights_file(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_model(resizer, str(file), metadata=dict(resizer=json.dumps(config), stats=json.dumps([mean,std])))
     return file
 
-def _weights_file(file): return Path(file) if str(file).endswith('.safetensors') else Path(f'{file}.safetensors')
+def weights_file(file): return Path(file) if str(file).endswith('.safetensors') else Path(f'{file}.safetensors')
 
 # %% ../nbs/01_resizer.ipynb #7ebd3da0
 @contextmanager
@@ -268,6 +268,26 @@ def naming(
 
 # %% ../nbs/01_resizer.ipynb #e75a2501
 max_bytes,max_number = 10**7,2**14
+
+def check_kinds(
+    o:dict,
+    kinds:dict, # Key -> type, or union of types
+):
+    "Raise KeyError for a key that `o` does not have, and ValueError for a value of another type"
+    for k,kind in kinds.items():
+        if not isinstance(o[k], kind): raise ValueError(f'{k} is {o[k]!r:.60}')
+
+def read_json(
+    file:Path,
+    kinds:dict, # As for `check_kinds`
+) -> dict:
+    "The dict in a JSON file; ValueError if it is longer than any of ours, or has other values"
+    with open(file, 'rb') as f: text = f.read(max_bytes+1)
+    if len(text)>max_bytes: raise ValueError(f'it has more than {max_bytes:,} bytes')
+    o = json.loads(text)
+    if not isinstance(o, dict): raise ValueError(f'it holds a {type(o).__name__}')
+    check_kinds(o, kinds)
+    return o
 
 def check_numbers(
     o, # Plain Python, from JSON
@@ -339,7 +359,7 @@ def load_resizer(
     file:str|Path, # Written by `save_resizer`, with or without `.safetensors`
 ) -> nn.Module: # In evaluation mode, on the CPU, with the `mean` and `std` that it was saved with, or None
     "Load a resizer that was saved alone; ValueError unless every weight fits, or if its name is not registered"
-    file = _weights_file(file)
+    file = weights_file(file)
     if not file.is_file(): raise FileNotFoundError(f'no resizer in {file}')
     with naming(file):
         there,meta = weights_header(file)

@@ -18,10 +18,10 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from .data import cli_command, get_path, image_files, write_table
+from .data import cli_command, image_files, write_json, write_table
 from .data import _printable
-from .learner import ResizerClassifier, activations, evaluating
-from .resizer import interpolate
+from .learner import ResizerClassifier, activations, evaluating, read_config
+from .resizer import interpolate, naming
 from .show import grad_cam, resized_views, value_range
 from .train import made_with, read_run
 import glob, subprocess
@@ -181,7 +181,7 @@ def _check_targets(files, ending=''):
 def _write_rows(df, file):
     "One JSON object per row; bytes of file names that are no text are escaped"
     rows = df.astype(object).where(df.notna(), None).to_dict('records')
-    Path(file).write_text(json.dumps(rows, indent=1))
+    write_json(file, rows)
 
 def _print_answers(df):
     "A line per image: its file, and the answer"
@@ -360,7 +360,8 @@ def model_card(
     "A model card from what is known of a model and its run"
     path = Path(path)
     run = read_run(path, finished=True) if (path/'run.json').exists() else None
-    config = json.loads((_model_folder(path)/'config.json').read_text())
+    config_file = _model_folder(path)/'config.json'
+    with naming(config_file): config = read_config(config_file)
     env = Environment(loader=PackageLoader('resizer_fastai'), finalize=_markdown, trim_blocks=True, lstrip_blocks=True)
     env.filters |= dict(code=_code, tojson=lambda o: Markup(json.dumps(str(o))))
     size,out = config['input_size'],config['resizer'].get('size', config['input_size'])
@@ -447,17 +448,6 @@ def demo_page(
         given.change(answer, given, [answers,*pictures], concurrency_limit=1)
     return page.queue(max_size=64)
 
-def run_examples(
-    path:str|Path, # Folder of a run
-    n:int=4, # Images at most
-) -> list: # Validation images that are still where they were, of different classes where possible
-    "Images that a run was validated on"
-    if not (Path(path)/'preds.npz').exists(): return []
-    try: root = get_path(read_run(path)['args']['data'])
-    except OSError: return []
-    with np.load(Path(path)/'preds.npz') as preds: names,targets = preds['names'],preds['targets']
-    one_each = [root/names[i] for i in np.unique(targets, return_index=True)[1]]
-    return [o for o in one_each if o.is_file()][:n]
 
 # %% ../nbs/06_ship.ipynb #5dbd5369
 @cli_command
@@ -466,8 +456,9 @@ def resizer_demo(
     host:str='127.0.0.1', # Address to listen on; 0.0.0.0 lets other computers in
     port:int=7860, # Port to listen on
     device:str=None, # cpu, cuda or another device of PyTorch; by default the GPU if there is one
+    examples:str=None, # Folder of images to offer, the first four
     debug:bool=False, # Show the traceback of an error
 ):
     "Serve a page in the browser: drop an image, and see the answer, what the resizer made of it, and Grad-CAM"
-    page = demo_page(load_model(model, device), Path(model).name, run_examples(model))
+    page = demo_page(load_model(model, device), Path(model).name, image_files(examples)[:4] if examples else [])
     page.launch(server_name=host, server_port=port, share=False, max_file_size='20mb', show_error=True)

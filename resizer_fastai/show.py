@@ -13,6 +13,7 @@ from copy import copy
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from PIL import Image
+from .data import write_bytes
 from .learner import ResizerClassifier, ResizerLearner, activations, evaluating
 from .resizer import interpolate, make_resizer
 from sklearn.metrics import confusion_matrix
@@ -534,5 +535,5 @@ def write_report(
     env = Environment(loader=PackageLoader('resizer_fastai'), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = [s | dict(pictures=[_embedded(p) for p in s.get('pictures', [])]) for s in sections]
     html = env.get_template('report.html').render(title=title, lead=lead, facts=facts, sections=shown)
-    Path(file).write_bytes(html.encode(errors='backslashreplace'))   # file names may hold bytes that are no text
+    write_bytes(file, html.encode(errors='backslashreplace'))   # file names may hold bytes that are no text
     return Path(file)

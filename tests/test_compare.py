@@ -15,12 +15,12 @@ def runs(accuracy=made_up, seeds=(0, 1, 2, 3), noise=0.3):
 @pytest.fixture
 def write(tmp_path):
     "Write a finished run into the folder of a comparison, without training it"
-    def write(resizer, seed, accuracy=0.5, images=('a', 'b'), precision='fp32', finished=True, **kwargs):
+    def write(resizer, seed, accuracy=0.5, images=('a', 'b'), precision='fp32', finished=True, pixels='', **kwargs):
         o = dict(train_options(**small | kwargs, resizer=resizer, seed=seed))
         path = tmp_path/run_name(o)
         path.mkdir()
-        data = dict(train=20, valid=20, left_out=0, classes=['x', 'y'], short_side=128, enlarged=0.)
-        run = dict(args=o, metrics=dict(accuracy=accuracy) if finished else None, precision=precision, device='a machine',
+        data = dict(train=20, valid=20, left_out=0, classes=['x', 'y'], short_side=128, enlarged=0., pixels=pixels)
+        run = dict(args=o, metrics=dict(accuracy=accuracy, valid_loss=1., seconds=3.) if finished else None, parameters={}, precision=precision, device='a machine',
                    versions=dict(torch='2'), data=data, command=f'resizer_train --resizer {resizer} --seed {seed}')
         (path/'run.json').write_text(json.dumps(run))
         pd.DataFrame(dict(accuracy=[0.9, accuracy], seconds=[2., 1.])).to_csv(path/'metrics.csv', index=False)
@@ -47,7 +47,7 @@ def test_write_comparison_takes_the_last_epoch_of_finished_runs(write, tmp_path)
 
 @pytest.mark.parametrize('other,says', [
     (dict(epochs=2), 'epochs 1, now 2'), (dict(lr=0.1), 'lr 0.003, now 0.1'), (dict(precision='bf16'), 'another precision'),
-    (dict(images=('a', 'c')), 'validated on different images')], ids=lambda o: str(o))
+    (dict(images=('a', 'c')), 'validated on different images'), (dict(pixels='changed'), 'validated on different images')], ids=lambda o: str(o))
 def test_collect_runs_refuses_what_is_no_comparison(write, tmp_path, other, says):
     write('bilinear', 0)
     write('learned', 0, **other)
@@ -58,6 +58,10 @@ def test_collect_runs_passes_over_what_changes_no_result(write, tmp_path):
     write('learned', 0, cache='disk')
     assert len(collect_runs(tmp_path)) == 2
     with pytest.raises(ValueError, match='no finished run of antialias'): write_comparison(tmp_path, 'antialias')
+
+def test_table_of_one_resizer_has_its_accuracy_only(write, tmp_path):
+    write('bilinear', 0), write('bilinear', 1)
+    assert write_comparison(tmp_path).difference.isna().all() and '| bilinear | 50.00 ± 0.00 | 2 |  |' in (tmp_path/'table.md').read_text()
 
 def test_verdicts_need_three_seeds():
     assert all('too few for a verdict' in o for o in conclusions(runs(dict(bilinear=60, learned=70), seeds=(0, 1))))

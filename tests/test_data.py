@@ -250,11 +250,11 @@ def test_disk_cache_is_written_by_one_of_two_processes(folder, cache_dir, monkey
 def test_disk_cache_survives_a_killed_process(folder, cache_dir, monkeypatch):
     monkeypatch.setattr(data, '_decode', slowly)
     p = fork(lambda: loaders(folder, 'disk'))
-    while p.is_alive() and not list(cache_dir.glob('*.tmp')): time.sleep(0.01)
+    while p.is_alive() and not list(cache_dir.glob('.*.npy')): time.sleep(0.01)
     os.kill(p.pid, signal.SIGKILL)
     p.join()
-    assert not list(cache_dir.glob('*.npy')) and list(cache_dir.glob('*.tmp'))
-    assert same(batches(loaders(folder, 'disk')), batches(loaders(folder))) and not list(cache_dir.glob('*.tmp'))
+    assert not list(cache_dir.glob('[!.]*.npy')) and list(cache_dir.glob('.*.npy'))
+    assert same(batches(loaders(folder, 'disk')), batches(loaders(folder))) and not list(cache_dir.glob('.*.npy'))
 
 def test_disk_cache_on_a_full_disk_leaves_nothing(folder, cache_dir, monkeypatch):
     import resource

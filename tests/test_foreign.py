@@ -1,13 +1,19 @@
 "Files from somebody else: models, resizers and runs that are broken on purpose are refused in one sentence, and run nothing."
-import json, os, pickle, random, resource, time
+import json, os, pickle, random, resource, shutil, time
 from pathlib import Path
 import pytest, torch
 from fastai.vision.all import AdaptiveAvgPool, ConvLayer, Flatten, nn
 from safetensors.torch import load_file, save_file
 from conftest import needs_timm
-from resizer_fastai.data import ReadImage
+from resizer_fastai import train
+from resizer_fastai.compare import write_comparison
+from resizer_fastai.data import ReadImage, draw_sample
 from resizer_fastai.learner import ResizerClassifier, bodies
 from resizer_fastai.resizer import load_resizer, make_resizer, save_resizer
+from resizer_fastai.ship import model_card, resizer_export, resizer_predict
+from resizer_fastai.train import load_run, resizer_train
+
+small = dict(data='sample', limit=20, arch='squeezenet1_1', size=64, out=32, bs=10, num_workers=0, precision='fp32', epochs=1, name='run')
 
 def tiny(pretrained=False): return nn.Sequential(ConvLayer(3, 8, stride=2), AdaptiveAvgPool(1), Flatten(), nn.Linear(8, 1))
 
@@ -143,3 +149,49 @@ def test_config_cannot_make_timm_read_a_pickle(monkeypatch, tmp_path):
     Path('model/config.json').write_text(json.dumps(config | dict(checkpoint_path='evil.pth')))
     with pytest.raises(ValueError, match='unknown key checkpoint_path'): ResizerClassifier.from_pretrained('model')
     assert not Path('executed').exists()
+
+readers = dict(load_run=load_run, compare=lambda run: write_comparison(run.parent, 'learned'), model_card=lambda run: model_card(run, 'me/it'),
+               predict=lambda run: resizer_predict(run, [run/'images/a.png']), export=lambda run: resizer_export(run, pt2=run.parent/'m.pt2'),
+               resume=lambda run: resizer_train(**small, runs=run.parent, resume=True))
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A finished run, and beside it one that was broken off at its end"
+    root = tmp_path_factory.mktemp('runs')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, 'save_pictures', lambda *args: None)
+        resizer_train(**small, runs=root)
+        m.setattr(train, 'finish_run', lambda *args: None)
+        resizer_train(**small | dict(epochs=2, name='begun'), runs=root)
+    (root/'run/images').mkdir()
+    draw_sample(0, 0).save(root/'run/images/a.png')
+    return root
+
+names = ['run.json', 'metrics.csv', 'preds.npz', 'model/config.json', 'model/model.safetensors', 'resizer.safetensors', 'images/a.png', 'report.html']
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', names)
+def test_payload_in_any_file_of_a_run_is_not_executed(finished, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished/'run', tmp_path/'runs/run')
+    run, refused = tmp_path/'runs/run', []
+    (run/name).write_bytes(pickle.dumps(Payload()))
+    for k, f in readers.items():
+        try: f(run)
+        except (ValueError, OSError) as e:
+            assert len(str(e).splitlines())==1 and (name in str(e) or 'could not be read' in str(e)), e
+            refused.append(k)
+    assert not (tmp_path/'executed').exists()
+    assert refused or name in ('metrics.csv', 'resizer.safetensors', 'report.html')
+
+@pytest.mark.parametrize('name', ['last', 'previous'])
+def test_payload_in_a_checkpoint_is_not_executed(finished, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished/'begun', tmp_path/'begun')
+    for o in ('last', name): torch.save(dict(model=Payload()), tmp_path/'begun/checkpoint'/f'{o}.pth')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, 'finish_run', lambda *args: None)
+        if name=='last': resizer_train(**small | dict(epochs=2, name='begun'), runs=tmp_path, resume=True)
+        else:
+            with pytest.raises(ValueError, match='previous.pth cannot be read'): resizer_train(**small | dict(epochs=2, name='begun'), runs=tmp_path, resume=True)
+    assert not (tmp_path/'executed').exists()

@@ -1,5 +1,5 @@
 "Predictions for files, exported programs, and what goes to the Hub."
-import io, json, re, shutil, subprocess, sys, threading
+import io, json, os, re, shutil, subprocess, sys, threading
 from importlib.util import find_spec
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from resizer_fastai.data import ReadImage
 from resizer_fastai.learner import ResizerClassifier, plain_head
 from resizer_fastai.ship import (Shipped, explain_image, export_onnx, export_pt2, model_card, model_facts, predict_files, push_to_hub, read_ahead,
                                  shipped_model, trace)
+from resizer_fastai.train import train_options
 
 needs_onnx = pytest.mark.skipif(not (find_spec('onnxscript') and find_spec('onnxruntime')), reason='no onnxscript and onnxruntime')
 
@@ -36,6 +37,15 @@ def test_broken_file_is_a_row_and_stops_nothing(command, saved, tmp_path):
     assert list(df.file) == [o['file'] for o in rows] == ['p/x/1.png', 'p/no.png', 'gone.png', 'p/x/2.png']
     assert list(df.error.isna()) == [o['error'] is None for o in rows] == [True, False, False, True]
     assert list(df.class_1.isna()) == [False, True, True, False]
+
+def test_pipes_and_devices_are_not_read(command, saved, tmp_path):
+    make_images(tmp_path/'p', ['1.png', 'folder.jpg/2.png'])
+    os.mkfifo(tmp_path/'p'/'pipe.png')
+    (tmp_path/'p'/'zero.png').symlink_to('/dev/zero')
+    status, out, err = command('resizer_predict', saved, 'p')
+    assert status == 0 and len(out.splitlines()) == 2 and 'note: pipes and devices are skipped: pipe.png, zero.png' in err
+    status, out, err = command('resizer_predict', saved, 'p/pipe.png', 'p/folder.jpg/2.png', 'p/zero.png')
+    assert status == 1 and err.count('is no regular file') == 2
 
 def test_names_from_folder_pattern_and_standard_input(command, saved, tmp_path, monkeypatch):
     make_images(tmp_path/'p', ['1.png', '2.png', '3.png'])
@@ -233,8 +243,9 @@ def hostile_run(path):
     bad = '<script>alert(1)</script> | `x` [a](b)\n# big'
     make_images(path, ['images/resized.png'])
     small(vocab=[bad, 'b', 'c']).save_pretrained(path/'model')
-    run = dict(args=dict(data=bad), metrics=dict(accuracy=0.5), command='resizer_train --name ```x', device=bad, precision='fp32', versions=dict(torch='2'),
-               data=dict(train=1, valid=2, left_out=0, classes=[bad], short_side=64, enlarged=0.))
+    run = dict(args=dict(train_options(data='sample'), data=bad), metrics=dict(accuracy=0.5, valid_loss=1., seconds=1.), command='resizer_train --name ```x',
+               device=bad, precision='fp32', versions=dict(torch='2'), parameters={},
+               data=dict(train=1, valid=2, left_out=0, classes=[bad], short_side=64, enlarged=0., pixels=''))
     (path/'run.json').write_text(json.dumps(run))
     return path
 
