@@ -453,7 +453,9 @@ class RecalibrateBN(Callback):
     ):
         self.n,self.norms = n,[]
     def before_fit(self): self.norms = []   # `validate` and `get_preds` come here, too
-    def after_train(self): self.norms = [m for m in self.model.modules() if isinstance(m, bn_types) and m.training]
+    def after_train(self):
+        norms = *bn_types,nn.SyncBatchNorm
+        self.norms = [m for m in self.model.modules() if isinstance(m, norms) and m.training]
     def before_validate(self):
         was,self.norms = [(m,m.momentum) for m in self.norms],[]
         if not was: return

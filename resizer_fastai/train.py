@@ -7,9 +7,11 @@ __all__ = ['schedules', 'optimizers', 'recipes', 'resizer_train', 'plot_curves',
 
 # %% ../nbs/04_train.ipynb #c67a3538
 import hashlib, platform, shlex, shutil, subprocess
+from contextlib import nullcontext
 from fastai.vision.all import *
 from filelock import FileLock, Timeout
 from importlib import import_module, metadata
+from fastai.distributed import DistributedDL, DistributedTrainer
 from importlib.util import find_spec
 from zipfile import ZipFile
 from matplotlib.ticker import MaxNLocator
@@ -81,7 +83,7 @@ def resizer_train(
     schedule:str=None, # one_cycle, flat_cos, or steps as in the paper; by default the recipe's
     lr:float=None, # Highest learning rate of the schedule; by default the recipe's
     lr_mult:float=None, # Resizer's learning rate over the head's; by default its own `lr_mult` if pretrained, else 1
-    bs:int=64, # Images in a batch
+    bs:int=64, # Images in a batch, of each process
     seed:int=42, # Random seed, for weights, batches and augmentation
     pretrained:bool=False, # Start from ImageNet's weights, and fine_tune
     init_from:str=None, # Start from body and head of the finished run in this folder
@@ -99,7 +101,7 @@ def resizer_train(
     "Train a resizer and a classifier together, and write a run folder"
     o = train_options(**locals())
     path = Path(runs)/(name or run_name(o))
-    with only_process(path): return train_run(path, o, resume, overwrite)
+    with nullcontext() if rank_distrib() else only_process(path): return train_run(path, o, resume, overwrite)
 
 # %% ../nbs/04_train.ipynb #5be51db3
 def import_user_module(
@@ -230,7 +232,9 @@ class MetricsLog(Callback):
         self.write()
         if hasattr(self.learn, 'progress'): return
         print(', '.join(f'{k} {v:.4g}' for k,v in self.rows[-1].items()), flush=True)
-    def write(self): write_bytes(self.learn.path/'metrics.csv', pd.DataFrame(self.rows).to_csv(index=False).encode())
+    def write(self):
+        if rank_distrib(): return
+        write_bytes(self.learn.path/'metrics.csv', pd.DataFrame(self.rows).to_csv(index=False).encode())
 
 # %% ../nbs/04_train.ipynb #5411b42d
 def _without_numpy(o):
@@ -274,7 +278,7 @@ class Checkpoint(Callback):
         s = torch.load(file, map_location='cpu', weights_only=True)
         check_kinds(s, _state_kinds)
         self.learn.model.load_state_dict(s['model'])
-        for cb,values in s['gathered'].items(): vars(getattr(self.learn, cb)).update(values)
+        for cb,values in s['gathered'].items(): vars(getattr(self.learn, cb, SimpleNamespace())).update(values)
         return s
 
     def after_batch(self):
@@ -290,14 +294,15 @@ class Checkpoint(Callback):
                 vars(self.recorder.smooth_loss).update(s['smooth_loss'])
                 if s['scaler']: self.learn.scaler.load_state_dict(s['scaler'])
             _set_random(s['random'])
+            own_random()
             for dl,o in zip(self.dls.loaders, s['loaders']): dl.rng.setstate(o)
 
     def after_epoch(self):
-        if not self.trained: return
+        if not self.trained or rank_distrib(): return
         self.trained,loss,scaler = False,self.recorder.smooth_loss,getattr(self.learn, 'scaler', None)
         cbs = {k: getattr(self.learn, k) for k in self.gathered if hasattr(self.learn, k)}
         s = dict(
-            model=self.model.state_dict(), opt=self.opt.state_dict(), scaler=scaler and scaler.state_dict(),
+            model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=scaler and scaler.state_dict(),
             smooth_loss=dict(count=loss.count, val=Tensor(loss.val)), random=get_random_states(),
             loaders=[dl.rng.getstate() for dl in self.dls.loaders],
             gathered={k: {a: getattr(cb, a) for a in self.gathered[k]} for k,cb in cbs.items()})
@@ -516,6 +521,73 @@ def finish_run(
     print(f'{run["args"]["resizer"]}: accuracy {100*run["metrics"]["accuracy"]:.2f} % after {_epochs(len(rows))} and '
           f'{run["metrics"]["seconds"]:.0f} s; see {report}', flush=True)
 
+# %% ../nbs/04_train.ipynb #73caabd1
+class SplitDL(DistributedDL):
+    "The part of a loader that one of several processes takes: no image twice, and together the batches of one process"
+    def _broadcast(self, t, rank):
+        t = torch.tensor(t, device=self.device)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    def _mine(self, n):
+        if self.drop_last: n -= n%self.world_size   # in training, all processes take as many steps
+        return range(self.rank, n, self.world_size)
+    def __len__(self):
+        n = len(self._mine(self.dl.n))
+        return n//self.bs if self.drop_last else math.ceil(n/self.bs)
+    def get_idxs(self):
+        idxs = self._broadcast(list(self.dl.get_idxs()), 0)
+        return [idxs[i] for i in self._mine(len(idxs))]
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)   # see `Distributed`
+
+# %% ../nbs/04_train.ipynb #8830588f
+class Distributed(DistributedTrainer):
+    "fastai's callback, with `SplitDL`: metrics are added up in each process, and over the processes at the end"
+    def before_fit(self):
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(self.model) if self.sync_bn else self.model
+        self.ddp = self.accelerator.prepare(synced)
+    def before_train(self): self.learn.model,self.learn.dl = self.ddp,self._wrap_dl(self.dl)
+    def before_validate(self): self.learn.model,self.learn.dl = get_model(self.ddp),self._wrap_dl(self.dl)
+    def after_validate(self):
+        for m in self.recorder._valid_mets: m.total,m.count = self._sum(m.total),self._sum(m.count)
+    def after_fit(self): self.learn.model = get_model(self.ddp)
+    def _wrap_dl(self, dl):
+        n = dl.n//num_distrib()   # a set that is smaller than a batch
+        return SplitDL(dl.new(bs=n) if dl.drop_last and n<dl.bs else dl, device=self.ddp.device)
+    def _sum(self, x): return self.accelerator.reduce(torch.tensor(float(x), device=self.ddp.device)).item()
+
+def own_random():
+    "Let each process draw its own augmentation"
+    if rank_distrib(): torch.manual_seed(torch.initial_seed()+rank_distrib())
+
+@contextmanager
+def first_process_first():
+    "What the first of several processes does before the others, which say nothing"
+    if num_distrib()<2:
+        yield
+        return
+    if not find_spec('accelerate'): raise ValueError('several processes need: pip install "resizer_fastai[dist]"')
+    from accelerate import PartialState
+    if rank_distrib(): sys.stdout = open(os.devnull, 'w')
+    with PartialState(cpu=torch.device(default_device()).type=='cpu').main_process_first(): yield
+
+@contextmanager
+def several_processes(
+    learn:ResizerLearner,
+):
+    "Train in all processes that were launched; afterwards the first one is alone"
+    if num_distrib()<2:
+        yield
+        return
+    from accelerate import DistributedDataParallelKwargs
+    ddp = DistributedDataParallelKwargs(static_graph=True)   # some bodies of timm have weights that they do not use
+    cuda = learn.dls.device.type=='cuda'
+    learn.add_cb(Distributed(sync_bn=cuda, cpu=not cuda, kwargs_handlers=[ddp]))
+    own_random()
+    yield
+    learn.remove_cb(Distributed)
+    torch.distributed.destroy_process_group()
+    os.environ['WORLD_SIZE'] = '1'
+
 # %% ../nbs/04_train.ipynb #45214c88
 def _started(path, o, overwrite):
     "The `run.json` of the run to resume, or None"
@@ -533,27 +605,34 @@ def train_run(
     overwrite:bool=False, # Remove a run of that name first
 ) -> ResizerLearner: # Trained
     "Train what `o` says, or resume it; a finished run is loaded"
-    run,root = _started(path, o, overwrite),get_path(o.data)
-    if run and run['metrics']:
-        print(f'{path}: already finished, loading it')
-        return load_run(path)
-    if run and not resume: raise ValueError(
-        f'{path} is not finished: continue with --resume, or start again with --overwrite')
-    if path.resolve().is_relative_to(root.resolve()): raise ValueError(
-        f'{path} is inside the data folder: choose another folder with --runs')
-    learn = run_learner(o, path, cbs=[MetricsLog(), Checkpoint(), Film()])
-    now = describe_run(learn, o)
-    if run and run['data']!=now['data']: raise ValueError(
-        f'the images in {root} are not those that {path} was started with: start it again with --overwrite')
-    if not run: _begin(path, now, overwrite, learn.dls.left_out)
-    _say(learn, now)
+    with first_process_first():
+        run = None if rank_distrib() else _started(path, o, overwrite)
+        if read_run(path)['metrics'] if rank_distrib() else run and run['metrics']:
+            print(f'{path}: already finished, loading it')
+            return load_run(path)
+        if run and not resume: raise ValueError(
+            f'{path} is not finished: continue with --resume, or start again with --overwrite')
+        learn,now = _ready(path, o, run, overwrite)
     if done := learn.checkpoint.load(): print(f'resuming after {_epochs(done)}', flush=True)
     with _stopping(path, o):
         stops.wait = True   # an exception in the middle of a batch can get lost
-        fit_recipe(learn, o, done)
+        with several_processes(learn): fit_recipe(learn, o, done)
         stops.wait = False
-        finish_run(learn, now)
+        if not rank_distrib(): finish_run(learn, now)
     return learn
+
+def _ready(path, o, run, overwrite):
+    "The learner of a run, and what is known of it, which the first process writes"
+    root,film = get_path(o.data),[] if rank_distrib() else [Film()]
+    if path.resolve().is_relative_to(root.resolve()): raise ValueError(
+        f'{path} is inside the data folder: choose another folder with --runs')
+    learn = run_learner(o, path, cbs=[MetricsLog(), Checkpoint(), *film])
+    now = describe_run(learn, o)
+    if run and run['data']!=now['data']: raise ValueError(
+        f'the images in {root} are not those that {path} was started with: start it again with --overwrite')
+    if not run and not rank_distrib(): _begin(path, now, overwrite, learn.dls.left_out)
+    _say(learn, now)
+    return learn,now
 
 def _begin(path, run, overwrite, left_out):
     "Write what is known of a run before it is trained"
@@ -571,6 +650,8 @@ def _stopping(path, o):
         print(f'stopped; to go on: {again}', file=sys.stderr)
         raise
     except RuntimeError as e:
+        if num_distrib()>1 and isinstance(e, torch.distributed.DistError): raise ValueError(
+            'another process of this run has stopped, and says why') from e
         if 'out of memory' not in str(e): raise
         raise ValueError(f'the device has no memory for batches of {o.bs} images: try --bs {max(o.bs//2, 2)}') from e
 
@@ -600,3 +681,7 @@ def load_run(
         f'{path} knows the classes {", ".join(model.vocab)}; {args["data"]} has {", ".join(learn.model.vocab)} now')
     learn.model = model.to(learn.dls.device)
     return learn
+
+# %% ../nbs/04_train.ipynb #a9c1e7d2
+#| eval: false
+if __name__=='__main__' and not IN_NOTEBOOK: resizer_train.main()
