@@ -133,7 +133,7 @@ def test_command_is_that_of_its_row():
 
 def test_folder_is_small():
     files = {p.name: p for p in folder.iterdir() if p.is_file()}
-    assert set(files) == {'runs.csv', 'speed.csv', 'README.md', 'preregistration.md', 'experiments.sh', 'bodies.py'}
+    assert set(files) == {'runs.csv', 'speed.csv', 'README.md', 'preregistration.md', 'experiments.sh', 'bodies.py', 'reliability.md'}
     assert sum(p.stat().st_size for p in files.values())<300_000
     assert len(readme.splitlines())<=120 and len(rules.splitlines())<=80
 
