@@ -1,14 +1,17 @@
 """Drills that take minutes, by hand: `make drills` kills runs at random moments, watches the memory of a long run and fills the
 disk. It needs Linux, and writes the figures to results/reliability.md."""
-import os, platform, random, resource, signal, subprocess, time
+import io, os, platform, random, re, resource, signal, subprocess, time
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 import fastai, pandas as pd, pytest, torch
 from conftest import repo
-from resizer_fastai.data import image_files
-from resizer_fastai.ship import load_model, predict_files, resizer_export
-from resizer_fastai.train import device_name, read_run, resizer_train, train_options, versions
+from resizer_fastai.bench import resizer_bench
+from resizer_fastai.check import resizer_check
+from resizer_fastai.compare import resizer_compare
+from resizer_fastai.data import command_parser, image_files, read_image
+from resizer_fastai.ship import load_model, predict_files, resizer_demo, resizer_export, resizer_predict
+from resizer_fastai.train import device_name, read_run, resizer_train, versions
 
 small = dict(data='sample', limit=40, arch='resnet18', size=64, out=32, bs=10, num_workers=0, precision='fp32', epochs=3)
 tiny = dict(data='sample', limit=20, arch='squeezenet1_1', size=64, out=32, bs=10, num_workers=0, precision='fp32', epochs=2)
@@ -145,3 +148,37 @@ def test_small_disk(tmp_path, report):
         finally: subprocess.run(['umount', disk])
     assert stopped
     report += [f'**Small disk.** On disks of {", ".join(stopped)} the same run stopped at the file in brackets with one sentence; with room it went on to the same weights.', '']
+
+def test_mutated_images(report):
+    "An image, or an OSError"
+    from test_data import mutate, saved
+    rng, n, read = random.Random(1), 2400, 0
+    files = [saved(o) for o in ('png', 'jpg', 'webp', 'tif', 'bmp', 'gif')] + [saved('tif', compression='tiff_lzw')]
+    for i in range(n):
+        try: read += read_image(mutate(mutate(files[i % len(files)], rng) or b'x', rng)).ndim==3
+        except OSError: pass
+    report += [f'**Mutated images.** {n} files of many formats with bytes changed, cut or repeated: {read} were read, the others gave an OSError and nothing else.', '']
+
+values = ['', '-1', '0', '3', '1e9', 'nan', 'a', 'ä', '../x', '/dev/null', 'a b', '--x', 'sample', '64', '32x48', 'learned', '1,2', '[]', '$(x)', '*']
+
+def test_random_command_lines(report, monkeypatch, tmp_path, capfd):
+    "One sentence, never a traceback; whatever would train is stopped there"
+    def stop(*args, **kwargs): raise ValueError('it would train')
+    for module in ('train', 'compare'): monkeypatch.setattr(f'resizer_fastai.{module}.train_run', stop)
+    monkeypatch.setattr('resizer_fastai.bench.BenchModel.__init__', stop)
+    monkeypatch.setattr('resizer_fastai.bench.bench_data', stop)
+    monkeypatch.setattr('resizer_fastai.learner.snapshot_download', stop)
+    monkeypatch.setattr('sys.stdin', io.StringIO(''))
+    monkeypatch.chdir(tmp_path)
+    rng, n, statuses = random.Random(2), 450, []
+    commands = [resizer_bench, resizer_check, resizer_compare, resizer_demo, resizer_export, resizer_predict, resizer_train]
+    for _ in range(n):
+        f = rng.choice(commands)
+        flags = re.findall(r'--(?!help|debug)[\w-]+', command_parser(f).format_help())
+        argv = [rng.choice(values) for _ in range(rng.randint(0, 2))]
+        for _ in range(rng.randint(0, 5)): argv += rng.choice([[f'{rng.choice(flags)}={rng.choice(values)}'], [rng.choice(flags), rng.choice(values)]])
+        try: f.main(argv)
+        except SystemExit as e: statuses.append(e.code)
+        else: statuses.append(0)
+        assert 'Traceback' not in capfd.readouterr().err, argv
+    report += [f'**Command lines.** {n} random ones for {len(commands)} commands: no traceback; exit statuses ' + ', '.join(f'{k} ({statuses.count(k)})' for k in sorted(set(statuses))) + '.', '']

@@ -2,10 +2,11 @@
 
 Prints one line per case, `ok` or `FAILED` with its seconds, and exits with status 1 if any failed. `--limit 20` is a small
 version, which also runs on a CPU: there the comparisons with the CPU and the precisions say little."""
-import argparse, json, os, platform, sys, tempfile, time, traceback
+import argparse, json, os, platform, subprocess, sys, tempfile, time, traceback
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 tmp = tempfile.TemporaryDirectory(prefix='resizer_gpu')
@@ -13,7 +14,7 @@ os.environ['RESIZER_CACHE'] = tmp.name
 home = Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()
 if not (home/'data'/'resizer_sample-1').is_dir(): os.environ['FASTAI_HOME'] = tmp.name   # before fastai reads it
 
-import fastai, torch
+import fastai, pandas as pd, torch
 from fastai.vision.all import Callback, ConvLayer, ResBlock, bn_types, default_device, set_seed
 from torch import nn
 from resizer_fastai.bench import BenchModel, bench_model
@@ -212,6 +213,20 @@ def saved_here_predicts_the_same_on_the_cpu():
     model = ResizerClassifier.from_pretrained(Path(tmp.name)/'model')
     assert {p.device.type for p in model.parameters()} == {'cpu'}
     return dict(apart=assert_close([model.predict(files)[2]], [learn.model.predict(files)[2]], 1e-3))
+
+@case
+def two_processes_take_the_steps_of_one():
+    "With NCCL and SyncBatchNorm on two GPUs, on a CPU with gloo and without BatchNorm: losses and accuracy, to 1e-3"
+    if device.type=='cuda' and torch.cuda.device_count()<2: return 'skipped: needs two GPUs'
+    if not find_spec('accelerate'): return 'skipped: needs accelerate'
+    arch = 'resnet18' if device.type=='cuda' else 'vgg11'
+    flags = f'--data=sample --limit=40 --arch={arch} --resizer=bilinear --size=64 --out=32 --epochs=2 --no-flip --precision=fp32'
+    def metrics(n):
+        launcher = f'-m torch.distributed.run --standalone --nproc_per_node={n} -m resizer_fastai.train'.split()
+        subprocess.run([sys.executable, *launcher, *flags.split(), f'--bs={20//n}', f'--runs={tmp.name}', f'--name=of-{n}',
+                        '--num_workers=0'], check=True, stdout=subprocess.DEVNULL)
+        return torch.tensor(pd.read_csv(Path(tmp.name)/f'of-{n}'/'metrics.csv').drop(columns='seconds').values)
+    return dict(apart=assert_close([metrics(2)], [metrics(1)], 1e-3))
 
 @case
 def step_time():
