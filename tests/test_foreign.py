@@ -169,6 +169,7 @@ def finished(tmp_path_factory):
 
 names = ['run.json', 'metrics.csv', 'preds.npz', 'model/config.json', 'model/model.safetensors', 'resizer.safetensors', 'images/a.png', 'report.html']
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', names)
 def test_payload_in_any_file_of_a_run_is_not_executed(finished, tmp_path, monkeypatch, name):

@@ -82,6 +82,7 @@ def test_resuming_needs_no_room(run, tmp_path, monkeypatch):
     run(epochs=2, resume=True)
     assert reached==[2]
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', ['preds.npz', 'report.html', 'curves.png', 'config.json', 'resizer.safetensors'])
 def test_end_that_cannot_be_written_is_written_later(tmp_path, monkeypatch, where):
     real = whole_file
@@ -144,7 +145,7 @@ def flip(file, at):
 damages = dict(flipped=lambda f: flip(f, f.stat().st_size//2), cut=lambda f: f.write_bytes(f.read_bytes()[:-1000]), empty=lambda f: f.write_bytes(b''),
                other=lambda f: torch.save(dict(model=3), f), list=lambda f: torch.save([1], f), lost=lambda f: f.unlink())
 
-@pytest.mark.parametrize('damage', damages)
+@pytest.mark.parametrize('damage', [o if o in ('flipped','lost') else pytest.param(o, marks=pytest.mark.slow) for o in damages])
 def test_damaged_checkpoint_is_replaced_by_the_one_before(broken_off, run, capsys, damage):
     path, want = broken_off
     damages[damage](path/'checkpoint'/'last.pth')
